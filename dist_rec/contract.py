@@ -1,0 +1,109 @@
+"""The nouns every component shares, and what an arch, an objective and an auxiliary is.
+
+The road of one step::
+
+    Batch --sparse--> embedding stage --{set name: (B, F, D)}--> arch --ArchOutput--> objective + auxiliaries
+          --> named loss terms --> one sum --> one backward
+
+A component is one module file with a `Config` dataclass; `recommender` finds it by the file's name. Letters: B rows of
+this rank, F features of a table set, D its served width, T labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from dist_rec.data.batch import Batch
+from dist_rec.data.schema import Schema
+from dist_rec.settings import Complaint
+
+
+@dataclass(frozen=True)
+class TableSet:
+    """What an arch wants looked up, said before any table exists.
+
+    Attributes:
+        name: key of the result in the arch's `tables` argument ("main", "expert_0", "prior").
+        features: F feature names of the schema, in the order of the result's second axis.
+        dim: D, the width that is served. How a table is trained inside is the embedding config's business.
+    """
+
+    name: str
+    features: tuple[str, ...]
+    dim: int
+
+
+class ArchOutput(NamedTuple):
+    """What an arch returns.
+
+    predictions: (B, T) logits, one column per label.
+    representations: name -> (B, dim), intermediate results that auxiliaries may use; the names and widths are those
+        that the arch declared as `representation_dims`.
+    """
+
+    predictions: Tensor
+    representations: dict[str, Tensor]
+
+
+class StepOutput(NamedTuple):
+    """What a step leaves for metrics and reports; every tensor is detached.
+
+    predictions: (B, T) logits, float32. labels: (B, T). weights: (B,), 0 for padding rows. groups: name -> (B,).
+    losses: name -> scalar, the weighted terms whose sum was minimised on this rank.
+    """
+
+    predictions: Tensor
+    labels: Tensor
+    weights: Tensor
+    groups: dict[str, Tensor]
+    losses: dict[str, Tensor]
+
+
+class Arch(Protocol):
+    """A dense arch: an `nn.Module` from dense columns and looked-up rows to logits."""
+
+    representation_dims: dict[str, int]
+
+    def __call__(self, dense: Tensor, tables: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> ArchOutput:
+        """dense: (B, Nd). tables: set name -> (B, F, D) float32. groups: name -> (B,) int64."""
+
+
+Encode = Callable[[str], Tensor]
+"""view name -> (B, dim): the arch's encoding of a view, for archs that serve views."""
+
+
+class LossTerms(Protocol):
+    """An objective or an auxiliary: an `nn.Module` that returns named, already weighted terms and never calls backward.
+
+    A term is this rank's share such that the mean over ranks is the global value: DDP averages gradients.
+    """
+
+    def __call__(self, output: ArchOutput, batch: Batch, encode: Encode) -> dict[str, Tensor]:
+        """Returns name -> scalar."""
+
+
+class ArchConfig(Protocol):
+    """`Config` of a file in `models/`."""
+
+    def table_sets(self, schema: Schema) -> list[TableSet]:
+        """The table sets the arch looks up."""
+
+    def build(self, schema: Schema) -> nn.Module:
+        """The arch, an `Arch`, freshly initialised from torch's default generator."""
+
+    def check(self, schema: Schema) -> Iterator[Complaint]:
+        """Complaints about the settings, with keys relative to the component."""
+
+
+class LossConfig(Protocol):
+    """`Config` of a file in `objectives/` or `auxiliary/`."""
+
+    def build(self, schema: Schema, representation_dims: Mapping[str, int]) -> nn.Module:
+        """The `LossTerms` module; a representation that the arch does not declare raises, listing those that exist."""
+
+    def check(self, schema: Schema) -> Iterator[Complaint]:
+        """Complaints about the settings, with keys relative to the component."""

@@ -1,0 +1,154 @@
+"""What each Parquet column is, declared once, and what to do with values that break the declaration.
+
+A `Schema` is plain data: the loader reads columns by it, the embedding stage derives tables from it, archs size
+their inputs by it. Feature, dense and label names are Parquet column names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dist_rec.settings import Complaint
+
+
+@dataclass
+class DenseColumn:
+    """One number per row (float or integer in the file), used as ``(t(x) - mean) / std``."""
+
+    null: Literal["error", "fill"] = "error"  # what a null or NaN does; "fill" replaces it by `fill` and counts it
+    fill: float = 0.0  # in the file's units, before the transform
+    transform: Literal["none", "log1p"] = "none"  # log1p: sign(x) * ln(1 + |x|)
+    mean: float = 0.0  # of t(x); `dist-rec init` measures it
+    std: float = 1.0
+
+    def check(self) -> Iterator[Complaint]:
+        """Complaints about this column's own settings."""
+        if not self.std > 0:
+            yield Complaint("std", f"is {self.std}; dense values are divided by it, so it must be > 0")
+
+
+@dataclass
+class SparseColumn:
+    """One id per row, or a list of ids per row (`multi`), looked up in a table of `rows` rows."""
+
+    num_ids: int  # valid ids are 0 .. num_ids-1
+    multi: bool = False  # the column is an Arrow list: any number of ids per row
+    weights: str | None = None  # name of a list<float> column with one weight for each id of this column
+    # an id < 0 or >= num_ids: "error" stops; "modulo" takes id mod num_ids; "hash" mixes the bits first;
+    # "reserved" sends all of them to one extra row. All but "error" are counted and reported.
+    out_of_range: Literal["error", "modulo", "hash", "reserved"] = "error"
+    # a null (a null id inside a list too): "error" stops; "fill" reads id `fill`; "empty" looks nothing up;
+    # "reserved" reads the extra row. All but "error" are counted and reported.
+    null: Literal["error", "fill", "empty", "reserved"] = "error"
+    fill: int = 0
+    max_length: int | None = None  # keep the first max_length ids of a list; the dropped ids are counted
+    mean_length: float = 1.0  # mean number of ids per row; the planner estimates cost by it
+    table: str | None = None  # features that name the same table share it; default: a table of its own
+
+    @property
+    def has_reserved_row(self) -> bool:
+        """Whether the table has one row more than `num_ids`, for ids that are out of range or null."""
+        return "reserved" in (self.out_of_range, self.null)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table that serves this column: `num_ids`, and one more if a row is reserved."""
+        return self.num_ids + int(self.has_reserved_row)
+
+    def check(self) -> Iterator[Complaint]:
+        """Complaints about this column's own settings."""
+        if self.num_ids < 1:
+            yield Complaint("num_ids", f"is {self.num_ids}; a table needs at least one id")
+        if self.weights is not None and not self.multi:
+            yield Complaint("weights", f"is '{self.weights}', but weights go with ids of a list; set multi: true")
+        if self.max_length is not None and self.max_length < 1:
+            yield Complaint("max_length", f"is {self.max_length}; use at least 1, or leave it out to keep all ids")
+        if self.max_length is not None and not self.multi:
+            yield Complaint("max_length", "is set on a column with one id per row; set multi: true or leave it out")
+        if self.null == "fill" and not 0 <= self.fill < max(self.num_ids, 1):
+            yield Complaint("fill", f"is {self.fill}; nulls would be read as an id outside 0..{self.num_ids - 1}")
+        if not self.mean_length > 0:
+            yield Complaint("mean_length", f"is {self.mean_length}; use the mean number of ids per row, > 0")
+
+
+@dataclass
+class LabelColumn:
+    """One target per row."""
+
+    kind: Literal["binary", "real"] = "binary"  # binary: any value but 0 and 1 stops the run
+    null: Literal["error", "fill"] = "error"
+    fill: float = 0.0
+
+
+@dataclass
+class WeightColumn:
+    """The sample weight: finite and >= 0."""
+
+    column: str
+    null: Literal["error", "fill"] = "error"
+    fill: float = 1.0
+
+
+@dataclass
+class GroupColumn:
+    """An integer per row by which metrics (or a method) group rows: a domain, a cohort axis, a user id."""
+
+    column: str
+    null: Literal["error", "fill"] = "error"
+    fill: int = -1
+
+
+@dataclass
+class Schema:
+    """All columns of a data set; the order here is the order of the tensors' columns.
+
+    The same Parquet column may serve twice, for example as a sparse feature and as a group.
+    """
+
+    labels: dict[str, LabelColumn]
+    sparse: dict[str, SparseColumn]
+    dense: dict[str, DenseColumn] = field(default_factory=dict)
+    weight: WeightColumn | None = None
+    groups: dict[str, GroupColumn] = field(default_factory=dict)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether any feature carries a weight per id."""
+        return any(c.weights is not None for c in self.sparse.values())
+
+    def columns(self) -> list[str]:
+        """The Parquet columns to read, each once, in a fixed order."""
+        names = [*self.labels, *self.dense, *self.sparse]
+        names += [c.weights for c in self.sparse.values() if c.weights is not None]
+        names += [g.column for g in self.groups.values()]
+        names += [self.weight.column] if self.weight is not None else []
+        return list(dict.fromkeys(names))
+
+    def check(self) -> Iterator[Complaint]:
+        """Complaints about the declaration itself; files are checked against it by the loader."""
+        if not self.labels:
+            yield Complaint("labels", "is empty; name at least one label column")
+        if not self.sparse:
+            yield Complaint("sparse", "is empty; a recommendation model needs at least one sparse feature")
+        for kind in ("dense", "sparse"):
+            for name in set(getattr(self, kind)) & set(self.labels):
+                yield Complaint(f"{kind}.{name}", "is also a label: the model would see its own target; remove one")
+        for name in set(self.dense) & set(self.sparse):
+            yield Complaint(f"dense.{name}", "is declared both dense and sparse; choose one")
+        for name in self.sparse:
+            if any(c in name for c in "@#."):
+                yield Complaint(f"sparse.{name}", "has one of @ # . in its name, which name views and parameters")
+        yield from self._check_shared_tables()
+
+    def _check_shared_tables(self) -> Iterator[Complaint]:
+        first: dict[str, str] = {}
+        for name, column in self.sparse.items():
+            other = first.setdefault(column.table or name, name)
+            if self.sparse[other].num_rows != column.num_rows:
+                yield Complaint(
+                    f"sparse.{name}.num_ids",
+                    f"gives {column.num_rows} rows, but '{other}' shares table '{column.table or name}' "
+                    f"and gives {self.sparse[other].num_rows}; both need the same",
+                )
