@@ -1,0 +1,106 @@
+"""Which metrics a run reports, and their computation from merged rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_rec.data.schema import LabelColumn, Schema
+from dist_rec.metrics.binary import auc, calibration, grouped_auc, log_loss, normalized_entropy
+from dist_rec.metrics.rows import Rows
+from dist_rec.settings import Complaint
+
+MAX_VALUES = 1000
+"""Distinct values of a group in `by`; more are certainly ids, which nobody would read as columns of a report."""
+
+
+@dataclass
+class MetricsConfig:
+    """What `metrics:` takes. Every run reports NE, log loss, AUC and calibration; this adds to them."""
+
+    by: list[str] = field(default_factory=list)  # groups: every metric also for each of a group's values
+    grouped_auc: list[str] = field(default_factory=list)  # groups, e.g. a user id: AUC within each, averaged
+    window_rows: int = 100_000  # training reports are of about this many newest rows, all ranks together
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups whose values the metrics need, each once."""
+        return list(dict.fromkeys([*self.by, *self.grouped_auc]))
+
+    def rank_window(self, world_size: int) -> int:
+        """`window_rows` of one of `world_size` ranks, rounded up."""
+        return -(-self.window_rows // world_size)
+
+    def check(self, schema: Schema) -> Iterator[Complaint]:
+        """Complaints about the settings, with keys relative to `metrics`."""
+        known = ", ".join(schema.groups) or "none"
+        for key in ("by", "grouped_auc"):
+            for name in getattr(self, key):
+                if name not in schema.groups:
+                    yield Complaint(key, f"names '{name}', which is no group of the schema; known: {known}")
+        if self.window_rows < 1:
+            yield Complaint("window_rows", f"is {self.window_rows}; a metric needs at least one row")
+
+
+def compute(rows: Rows, schema: Schema, config: MetricsConfig) -> dict[str, float]:
+    """Every metric of `rows`.
+
+    Keys, for one label: "ne", "log_loss", "auc", "calibration", "gauc/<group>" for each of `config.grouped_auc`, then
+    each of these again with "/<group>=<value>" at its end for each of `config.by` ("auc/domain=3"). With several
+    labels each key begins with "<label>/". A label of kind real has "mse" and "calibration" of the raw predictions.
+    What the rows cannot define is nan (see `binary.py`), and without rows everything is.
+
+    Raises:
+        ValueError: if a group in `config.by` has more than MAX_VALUES values.
+    """
+    result = {}
+    parts = [("", np.arange(len(rows.weights)))]
+    for name in config.by:
+        parts += [(f"/{name}={value}", index) for value, index in _split(name, rows.groups[name])]
+    for column, (label, declared) in enumerate(schema.labels.items()):
+        prefix = f"{label}/" if len(schema.labels) > 1 else ""
+        for suffix, index in parts:
+            for metric, value in _of_label(rows, column, declared, index, config).items():
+                result[f"{prefix}{metric}{suffix}"] = value
+    return result
+
+
+def _of_label(
+    rows: Rows, column: int, declared: LabelColumn, index: NDArray[np.int64], config: MetricsConfig
+) -> dict[str, float]:
+    z = rows.predictions[index, column].astype(np.float64)
+    y = rows.labels[index, column].astype(np.float64)
+    w = rows.weights[index].astype(np.float64)
+    if declared.kind == "real":
+        total, target = w.sum(), (w * y).sum()
+        return {
+            "mse": float((w * (z - y) ** 2).sum() / total) if total else np.nan,
+            "calibration": float((w * z).sum() / target) if target else np.nan,
+        }
+    result = {
+        "ne": normalized_entropy(z, y, w),
+        "log_loss": log_loss(z, y, w),
+        "auc": auc(z, y, w),
+        "calibration": calibration(z, y, w),
+    }
+    for name in config.grouped_auc:
+        result[f"gauc/{name}"] = grouped_auc(z, y, w, rows.groups[name][index])
+    return result
+
+
+def _split(name: str, group: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each value of a group, ascending, with the indices of its rows."""
+    if len(group) == 0:
+        return
+    order = np.argsort(group, kind="stable")
+    values, starts = np.unique(group[order], return_index=True)
+    if len(values) > MAX_VALUES:
+        raise ValueError(
+            f"metrics.by names '{name}', which has {len(values)} values, more than the {MAX_VALUES} that a report "
+            "can hold; use metrics.grouped_auc for ids"
+        )
+    for value, index in zip(values, np.split(order, starts[1:]), strict=True):
+        yield int(value), index
