@@ -60,8 +60,8 @@ def check() -> None:
     have = (torch, torchrec, next(iter(fbgemm.values()), None))
     if None not in have and any(tuple(map(_minor, stack)) == tuple(map(_minor, have)) for stack in TESTED):
         return
-    found = {"torch": torch, "torchrec": torchrec} | (fbgemm or {" / ".join(FBGEMM.values()): None})
-    listed = ", ".join(f"{name} {version or '(not installed)'}" for name, version in found.items())
+    names = ("torch", "torchrec", next(iter(fbgemm), " / ".join(FBGEMM.values())))
+    listed = ", ".join(f"{name} {version or '(not installed)'}" for name, version in zip(names, have, strict=True))
     tested = "".join(f"\n  {stack}" for stack in TESTED)
     must = f"torch, torchrec and fbgemm must be a tested set; {sys.executable} has"
     raise ImportError(f"{must}\n  {listed}\ntested are{tested}\n{_fix()}")
