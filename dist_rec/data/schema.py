@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dist_rec.settings import Complaint
+from dist_rec.settings import Complaint, gather
 
 
 @dataclass
 class DenseColumn:
     """One number per row (float or integer in the file), used as ``(t(x) - mean) / std``."""
 
-    null: Literal["error", "fill"] = "error"  # what a null or NaN does; "fill" replaces it by `fill` and counts it
+    on_null: Literal["error", "fill"] = "error"  # what a null or NaN does; "fill" replaces it by `fill` and counts it
     fill: float = 0.0  # in the file's units, before the transform
     transform: Literal["none", "log1p"] = "none"  # log1p: sign(x) * ln(1 + |x|)
     mean: float = 0.0  # of t(x); `dist-rec init` measures it
@@ -41,7 +41,7 @@ class SparseColumn:
     out_of_range: Literal["error", "modulo", "hash", "reserved"] = "error"
     # a null (a null id inside a list too): "error" stops; "fill" reads id `fill`; "empty" looks nothing up;
     # "reserved" reads the extra row. All but "error" are counted and reported.
-    null: Literal["error", "fill", "empty", "reserved"] = "error"
+    on_null: Literal["error", "fill", "empty", "reserved"] = "error"
     fill: int = 0
     max_length: int | None = None  # keep the first max_length ids of a list; the dropped ids are counted
     mean_length: float = 1.0  # mean number of ids per row; the planner estimates cost by it
@@ -50,7 +50,7 @@ class SparseColumn:
     @property
     def has_reserved_row(self) -> bool:
         """Whether the table has one row more than `num_ids`, for ids that are out of range or null."""
-        return "reserved" in (self.out_of_range, self.null)
+        return "reserved" in (self.out_of_range, self.on_null)
 
     @property
     def num_rows(self) -> int:
@@ -67,7 +67,7 @@ class SparseColumn:
             yield Complaint("max_length", f"is {self.max_length}; use at least 1, or leave it out to keep all ids")
         if self.max_length is not None and not self.multi:
             yield Complaint("max_length", "is set on a column with one id per row; set multi: true or leave it out")
-        if self.null == "fill" and not 0 <= self.fill < max(self.num_ids, 1):
+        if self.on_null == "fill" and not 0 <= self.fill < max(self.num_ids, 1):
             yield Complaint("fill", f"is {self.fill}; nulls would be read as an id outside 0..{self.num_ids - 1}")
         if not self.mean_length > 0:
             yield Complaint("mean_length", f"is {self.mean_length}; use the mean number of ids per row, > 0")
@@ -78,7 +78,7 @@ class LabelColumn:
     """One target per row."""
 
     kind: Literal["binary", "real"] = "binary"  # binary: any value but 0 and 1 stops the run
-    null: Literal["error", "fill"] = "error"
+    on_null: Literal["error", "fill"] = "error"
     fill: float = 0.0
 
 
@@ -87,7 +87,7 @@ class WeightColumn:
     """The sample weight: finite and >= 0."""
 
     column: str
-    null: Literal["error", "fill"] = "error"
+    on_null: Literal["error", "fill"] = "error"
     fill: float = 1.0
 
 
@@ -96,7 +96,7 @@ class GroupColumn:
     """An integer per row by which metrics (or a method) group rows: a domain, a cohort axis, a user id."""
 
     column: str
-    null: Literal["error", "fill"] = "error"
+    on_null: Literal["error", "fill"] = "error"
     fill: int = -1
 
 
@@ -141,6 +141,9 @@ class Schema:
             if any(c in name for c in "@#."):
                 yield Complaint(f"sparse.{name}", "has one of @ # . in its name, which name views and parameters")
         yield from self._check_shared_tables()
+        for kind in ("dense", "sparse"):
+            for name, column in getattr(self, kind).items():
+                yield from gather(f"{kind}.{name}", column.check())
 
     def _check_shared_tables(self) -> Iterator[Complaint]:
         first: dict[str, str] = {}

@@ -1,0 +1,301 @@
+"""`Loader`: Parquet files -> a stream of batches for one rank, with equal numbers of equal batches on every rank.
+
+One thread assembles batches, `decode_threads` more decode row groups ahead of it (pyarrow releases the GIL). No worker
+processes: measured, they cost four to five times more per row.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dist_rec.data.batch import Batch
+from dist_rec.data.blocks import BatchBuilder
+from dist_rec.data.footers import DataError, FileFooter, check_columns, fingerprint, open_file
+from dist_rec.data.ids import PolicyCounts
+from dist_rec.data.parquet import Columns, Place, convert, decode, id_dtype
+from dist_rec.data.read_ahead import Channel, Closed, DaemonPool, RowGroupCache
+from dist_rec.data.row_groups import Block, Course, EpochOrder, positions
+from dist_rec.data.schema import Schema
+from dist_rec.data.synthetic import SyntheticConfig
+from dist_rec.settings import Complaint, gather
+
+Transform = Callable[[Batch, int], Batch]
+"""(batch, its number since the loader's start) -> batch, pure; runs on the reader's thread."""
+
+_JOIN_SECONDS = 5.0  # for threads in the middle of a decode; they are daemons, so a slower one is left behind
+_PLACES_SHOWN = 3
+
+
+@dataclass
+class DataConfig:
+    """Where the data are and how they are read. Paths: a file, folder or glob, local or a URI (s3://bucket/train)."""
+
+    train: str
+    batch_size: int  # rows per rank and step
+    validation: str | None = None
+    test: str | None = None
+    eval_batch_size: int | None = None  # default: batch_size
+    shuffle: bool = True
+    shuffle_rows: int = 131072  # rows of a rank's shuffle buffer; memory: `block_megabytes`
+    read_ahead: int = 8  # ready batches queued in front of the trainer
+    decode_threads: int = 1  # row groups decoded at the same time
+    synthetic: SyntheticConfig | None = None  # written first if `train` does not exist
+
+    def check(self) -> Iterator[Complaint]:
+        """Complaints about the settings themselves; files are checked when a Loader is made."""
+        for name in ("batch_size", "eval_batch_size", "shuffle_rows", "read_ahead", "decode_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield Complaint(name, f"is {value}; use at least 1")
+        if self.synthetic is not None:
+            yield from gather("synthetic", self.synthetic.check())
+
+
+class Loader:
+    """Batches of one rank. Iterating begins at this loader's start each time and reads with threads of its own.
+
+    Every rank gets the same number of batches of `batch_size` rows for any number of ranks, row groups and rows; short
+    tails are padded with rows of weight 0. Every row is dealt exactly once per epoch, also across a resume with another
+    number of ranks, another batch size or other shuffle settings.
+
+    Args:
+        config: the shuffle buffer, read-ahead and threads. schema: checked against the files here.
+        footers: `footers.read_footers` of the data set.
+        rank, world_size, batch_size: B rows for each of W ranks.
+        seed: draws the order; unused without shuffle. shuffle: usually `config.shuffle`, False in evaluation.
+        epochs: stop before the epoch of this number; None: never stop.
+        cursor: from an earlier `cursor`, of any rank.
+        pin_memory: batches in page-locked memory.
+        transform: applied to every batch on the reader's thread.
+
+    Raises DataError if files and schema do not fit, or the cursor is of other data or another seed.
+
+    Attributes:
+        wait_seconds: how long the consumer has been blocked in the current pass.
+        counts: what the schema's policies did to the rows read so far in the current pass, see `ids.PolicyCounts`.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        schema: Schema,
+        footers: Sequence[FileFooter],
+        *,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        epochs: int | None,
+        cursor: dict[str, Any] | None = None,
+        pin_memory: bool = False,
+        transform: Transform | None = None,
+    ) -> None:
+        check_columns(footers, schema)
+        self._schema = schema
+        self._rank = rank
+        self._config = config
+        self._pin = pin_memory
+        self._transform = transform
+        self._groups = [
+            _RowGroup(footer.path, i, first, rows)
+            for footer in footers
+            for i, (first, rows) in enumerate(_with_starts(footer.row_group_rows))
+        ]
+        self._course = Course(
+            [group.rows for group in self._groups],
+            fingerprint(footers),
+            world_size=world_size,
+            batch_size=batch_size,
+            shuffle_rows=config.shuffle_rows if shuffle else 0,
+            seed=seed,
+            epochs=epochs,
+            cursor=cursor,
+        )
+        self.wait_seconds = 0.0
+        self.counts = PolicyCounts()
+        self._reader: _Reader | None = None
+
+    @property
+    def batches_left(self) -> int | None:
+        """Batches from this loader's start to its end, the same on every rank; None if it is endless."""
+        return self._course.batches_left
+
+    @property
+    def start_epoch(self) -> int:
+        """The epoch of the first batch, from 0."""
+        return self._course.at(0)[0].epoch
+
+    def batches_of_epoch(self, epoch: int) -> int:
+        """Batches that this loader deals of an epoch: fewer in the first after a resume, 0 in those before it."""
+        return self._course.batches_of_epoch(epoch)
+
+    def epoch_of(self, batch: int) -> int:
+        """The epoch of the batch-th batch since this loader's start."""
+        return self._course.at(batch)[0].epoch
+
+    def cursor(self, batches_finished: int) -> dict[str, Any]:
+        """JSON-able, the same on every rank: where to go on after that many batches since this loader's start."""
+        return self._course.cursor(batches_finished)
+
+    def where(self, batch: int) -> str:
+        """In words, where the rows of this rank's batch-th batch since the loader's start lie."""
+        phase, i = self._course.at(batch)
+        pieces = phase.ordered(self._rank, i * phase.batch_size, (i + 1) * phase.batch_size)
+        places = []
+        for group, rows in self._course.order(phase).split(np.sort(positions(pieces))):
+            at = self._groups[group]
+            places.append(f"{at.path} row group {at.index}, rows {at.first_row + rows[0]}..{at.first_row + rows[-1]}")
+        more = f" and {len(places) - _PLACES_SHOWN} more row groups" if len(places) > _PLACES_SHOWN else ""
+        what = "; ".join(places[:_PLACES_SHOWN]) or "only padding"
+        return f"epoch {phase.epoch}, batch {i} of {phase.num_batches}, rank {self._rank}: {what}{more}"
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        self.wait_seconds, self.counts = 0.0, PolicyCounts()
+        builder = BatchBuilder(self._schema, self._course.at(0)[0].batch_size, self._pin)
+        reader = self._reader = _Reader(self._course, self._groups, self._schema, self._rank, self._config, builder,
+                                        self._transform)  # fmt: skip
+        return self._consume(reader)
+
+    def _consume(self, reader: _Reader) -> Iterator[Batch]:
+        try:
+            while True:
+                item, seconds = reader.channel.get()
+                self.wait_seconds += seconds
+                if item is None:
+                    return
+                batch, counts = item
+                self.counts.update(counts)
+                yield batch
+        except Closed:
+            return
+        finally:
+            reader.close()
+
+    def close(self) -> None:
+        """Stops the threads of the current pass; its iterator then ends. Safe at any time, also twice."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+
+def block_megabytes(schema: Schema, rows: int) -> float:
+    """Estimated megabytes of a block of `rows` rows as it is assembled: its columns in file order and as batches."""
+    ids = sum(column.mean_length for column in schema.sparse.values())
+    per_id = id_dtype(schema).itemsize + (4 if schema.is_weighted else 0)
+    numbers = 4 * (len(schema.dense) + len(schema.labels) + len(schema.sparse) + 1) + 8 * len(schema.groups)
+    return 2 * rows * (ids * per_id + numbers) / 1e6
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    path: str
+    index: int
+    first_row: int  # of the file
+    rows: int
+
+
+def _with_starts(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    start = 0
+    for size in sizes:
+        yield start, size
+        start += size
+
+
+class _Reader:
+    """The threads of one pass. Puts (batch, policy counts since the batch before) in `channel`."""
+
+    def __init__(
+        self,
+        course: Course,
+        groups: list[_RowGroup],
+        schema: Schema,
+        rank: int,
+        config: DataConfig,
+        builder: BatchBuilder,
+        transform: Transform | None,
+    ) -> None:
+        self.channel: Channel[tuple[Batch, PolicyCounts]] = Channel(config.read_ahead)
+        self._course, self._groups, self._schema, self._rank = course, groups, schema, rank
+        self._builder, self._transform = builder, transform
+        self._ahead = config.decode_threads
+        self._files = threading.local()
+        self._columns: Columns | None = None
+        self._pool = DaemonPool(config.decode_threads, "decode")
+        self._thread = threading.Thread(target=self._run, name="assemble", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.channel.close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_JOIN_SECONDS)
+
+    def _run(self) -> None:
+        number, counts = 0, PolicyCounts()
+        try:
+            for batch in self._batches(counts):
+                if self._transform is not None:
+                    batch = self._transform(batch, number)
+                number += 1
+                self.channel.put((batch, counts.copy()))
+                counts.clear()
+            self.channel.end()
+        except Closed:
+            pass  # the consumer stopped early and wants nothing more
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
+            self.channel.end(error)
+        finally:
+            self._pool.close()
+
+    def _batches(self, counts: PolicyCounts) -> Iterator[Batch]:
+        for phase, first in self._course.phases():
+            order = self._course.order(phase)
+            cache = RowGroupCache(order.touched(phase.rank_slice(self._rank)), self._decode, self._pool, self._ahead)
+            try:
+                for block in phase.blocks(self._rank, first):
+                    columns = self._read(block, order, cache, counts)
+                    yield from self._builder.batches(columns, len(block.rows), block.order, block.num_batches)
+            finally:
+                cache.close()
+
+    def _read(self, block: Block, order: EpochOrder, cache: RowGroupCache[pa.Table], counts: PolicyCounts) -> Columns:
+        """A block's rows in file order. The arrays are used again for the next block: fresh ones cost page faults."""
+        columns, at = self._columns, 0
+        if columns is None or columns.weights.size < len(block.rows):
+            columns = self._columns = Columns.empty(self._schema, len(block.rows))
+        for parts in columns.ragged.values():
+            parts.clear()
+        for group, rows in order.split(block.rows):
+            self.channel.check()
+            table, here = cache.get(group), self._groups[group]
+            span = slice(int(rows[0]), int(rows[-1]) + 1)
+            is_run = span.stop - span.start == len(rows)
+            table = table.slice(span.start, len(rows)) if is_run else table.take(rows)
+            place = Place(here.path, here.index, here.first_row, span if is_run else rows)
+            convert(table, self._schema, columns, at, counts, place)
+            at += len(rows)
+        return columns
+
+    def _decode(self, group: int) -> pa.Table:
+        here = self._groups[group]
+        table = decode(self._open(here.path), here.index, self._schema)
+        if table.num_rows != here.rows:
+            raise DataError(
+                f"{here.path}: row group {here.index} has {table.num_rows} rows, had {here.rows} when the run began; "
+                "do not change data files under a running job"
+            )
+        return table
+
+    def _open(self, path: str) -> pq.ParquetFile:
+        # one open file per thread: readers of one file are not safe to share, and row groups come file by file
+        if getattr(self._files, "path", None) != path:
+            self._files.file, self._files.path = open_file(path), path
+        return self._files.file

@@ -1,0 +1,151 @@
+"""Threads between disk and trainer: row groups decoded ahead, and a bounded channel of ready things.
+
+All threads are daemons and every wait ends when the channel or the pool is closed, so that stopping early never hangs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_KEPT = 2  # decoded row groups kept after use: a block often begins in the one in which the last block ended
+
+
+class Closed(Exception):
+    """The channel or the pool was closed while somebody waited on it."""
+
+
+class Channel(Generic[T]):
+    """A first-in first-out queue of at most `size` items from one thread to another, with an end and with errors."""
+
+    def __init__(self, size: int) -> None:
+        self._items: deque[T] = deque()
+        self._size = size
+        self._changed = threading.Condition()
+        self._closed = False
+        self._ended = False
+        self._error: BaseException | None = None
+
+    def put(self, item: T) -> None:
+        """Waits for room; Closed if the reader has closed the channel."""
+        with self._changed:
+            while len(self._items) >= self._size and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                raise Closed
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raises Closed if the reader has closed the channel, for writers with long work between two items."""
+        if self._closed:
+            raise Closed
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing more will come; `error` is raised in the reader, after the items before it."""
+        with self._changed:
+            self._ended, self._error = True, error
+            self._changed.notify_all()
+
+    def get(self) -> tuple[T | None, float]:
+        """(the next item, None at the end; seconds waited for it). Raises the writer's error, or Closed."""
+        with self._changed:
+            seconds = 0.0
+            if not (self._items or self._ended or self._closed):
+                began = time.perf_counter()
+                while not (self._items or self._ended or self._closed):
+                    self._changed.wait()
+                seconds = time.perf_counter() - began
+            if self._closed:
+                raise Closed
+            if self._items:
+                item = self._items.popleft()
+                self._changed.notify_all()
+                return item, seconds
+            if self._error is not None:
+                raise self._error
+            return None, seconds
+
+    def close(self) -> None:
+        """Wakes both sides and drops what is queued."""
+        with self._changed:
+            self._closed = True
+            self._items.clear()
+            self._changed.notify_all()
+
+
+class DaemonPool:
+    """Threads that run calls in the order submitted. Unlike `ThreadPoolExecutor`'s they never delay the exit."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._calls: SimpleQueue[tuple[Future, Callable] | None] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """The result of `call` or its error, as a future."""
+        future: Future[T] = Future()
+        self._calls.put((future, call))
+        return future
+
+    def close(self) -> None:
+        """Ends the threads after the calls that are running; calls that have not begun must be cancelled first."""
+        for _ in self._threads:
+            self._calls.put(None)
+
+    def _work(self) -> None:
+        while (item := self._calls.get()) is not None:
+            future, call = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the result
+                    future.set_exception(error)
+            del item, future, call  # an idle thread must not keep a row group alive
+
+
+class RowGroupCache(Generic[T]):
+    """Row groups in memory: those in use, the next `ahead` of the plan being decoded, and the last few used.
+
+    plan: the row groups in the order in which they will mostly be asked for; an order that differs costs time only.
+    """
+
+    def __init__(self, plan: Sequence[int], decode: Callable[[int], T], pool: DaemonPool, ahead: int) -> None:
+        self._plan = list(dict.fromkeys(plan))
+        self._place = {group: i for i, group in enumerate(self._plan)}
+        self._decode = decode
+        self._pool = pool
+        self._ahead = ahead
+        self._at = 0
+        self._decoded: dict[int, Future[T]] = {}
+        self._used: OrderedDict[int, None] = OrderedDict()
+
+    def get(self, group: int) -> T:
+        """The decoded row group, at once if it was read ahead. Raises what decoding it raised."""
+        self._at = max(self._at, self._place[group])
+        self._used[group] = None
+        self._used.move_to_end(group)
+        while len(self._used) > _KEPT:
+            self._used.popitem(last=False)
+        wanted = {group: None, **dict.fromkeys(self._plan[self._at : self._at + 1 + self._ahead])}
+        for old in [g for g in self._decoded if g not in wanted and g not in self._used]:
+            self._decoded.pop(old).cancel()
+        for new in wanted:
+            if new not in self._decoded:
+                self._decoded[new] = self._pool.submit(partial(self._decode, new))
+        return self._decoded[group].result()
+
+    def close(self) -> None:
+        """Forgets everything and cancels what has not begun."""
+        for future in self._decoded.values():
+            future.cancel()
+        self._decoded.clear()
