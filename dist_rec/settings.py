@@ -47,10 +47,17 @@ class Choice(NamedTuple):
 _INVALID = object()
 
 
-def parse(cls: type, value: Mapping[str, Any], complaints: list[Complaint], key: str = "") -> Any:
-    """`cls` built from `value`; None if anything in it was wrong, with the reasons appended to `complaints`."""
-    result = _dataclass(cls, value, key, complaints)
-    return None if result is _INVALID else result
+def parse(cls: type, value: Mapping[str, Any], complaints: list[Complaint]) -> Any:
+    """`cls` built from `value`, with everything wrong appended to `complaints`.
+
+    A field of `cls` in which something was wrong is None, so that the others can still be checked: users see the
+    complaints of all sections at once.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    kwargs = _fields(cls, value, "", complaints)
+    kwargs = {name: None if v is _INVALID else v for name, v in kwargs.items()}
+    required = {n: None for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    return cls(**{**required, **kwargs})
 
 
 def _dataclass(cls: type, value: Any, key: str, complaints: list[Complaint]) -> Any:
@@ -58,8 +65,13 @@ def _dataclass(cls: type, value: Any, key: str, complaints: list[Complaint]) -> 
     if not isinstance(value, Mapping):
         complaints.append(Complaint(key, f"is {value!r}; expected a mapping with the keys {_names(cls)}"))
         return _INVALID
-    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     before = len(complaints)
+    kwargs = _fields(cls, value, key, complaints)
+    return cls(**kwargs) if len(complaints) == before else _INVALID
+
+
+def _fields(cls: type, value: Mapping[str, Any], key: str, complaints: list[Complaint]) -> dict[str, Any]:
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for name in value:
         if name not in fields:
             complaints.append(Complaint(_join(key, name), f"is not a known key{_suggest(str(name), fields)}"))
@@ -69,7 +81,7 @@ def _dataclass(cls: type, value: Any, key: str, complaints: list[Complaint]) -> 
             kwargs[name] = _field(field, hints[name], value[name], _join(key, name), complaints)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             complaints.append(Complaint(_join(key, name), f"is missing; expected {describe(hints[name])}"))
-    return cls(**kwargs) if len(complaints) == before else _INVALID
+    return kwargs
 
 
 def _field(field: dataclasses.Field, hint: Any, value: Any, key: str, complaints: list[Complaint]) -> Any:

@@ -1,0 +1,166 @@
+"""`RunConfig`: the sum of every component's own settings, read from YAML and `key=value` overrides.
+
+Each component checks its own part; this file gathers the complaints and reports them together.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dist_rec.data.loader import DataConfig
+from dist_rec.data.schema import Schema
+from dist_rec.embeddings.sharding import ShardingConfig, check_kernels, check_splittable
+from dist_rec.embeddings.tables import EmbeddingsConfig, make_tables
+from dist_rec.metrics.compute import MetricsConfig
+from dist_rec.settings import COMPONENT, Choice, Complaint, ConfigError, gather, parse
+from dist_rec.training.checkpoint import CheckpointConfig
+from dist_rec.training.evaluation import EvaluateConfig
+from dist_rec.training.optim import OptimConfig
+from dist_rec.training.report import ReportConfig
+from dist_rec.training.runtime import RunSettings
+from dist_rec.training.trainer import TrainConfig
+
+
+def choice(room: str) -> Choice:
+    """The components of a folder ("models", "objectives", "auxiliary"): one per file, called by the file's name."""
+    package = importlib.import_module(f"dist_rec.{room}")
+
+    def names() -> list[str]:
+        return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+
+    def load(name: str) -> type:
+        return importlib.import_module(f"{package.__name__}.{name}").Config
+
+    return Choice(names, load)
+
+
+def _component(room: str, **default: Any) -> Any:
+    return field(metadata={COMPONENT: choice(room)}, **default)
+
+
+@dataclass
+class RunConfig:
+    """One run. Every section is documented where it is declared."""
+
+    schema: Schema
+    data: DataConfig
+    model: Any = _component("models")
+    objective: Any = _component("objectives", default_factory=lambda: choice("objectives").load("bce")())
+    auxiliary: dict[str, Any] = _component("auxiliary", default_factory=dict)
+    run: RunSettings = field(default_factory=RunSettings)
+    embeddings: EmbeddingsConfig = field(default_factory=EmbeddingsConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def check(self) -> Iterator[Complaint]:
+        """Every component's complaints, and those about what does not go together; a section that is None is skipped."""
+        for key in ("run", "schema", "data", "sharding", "checkpoint", "report"):
+            if getattr(self, key) is not None:
+                yield from gather(key, getattr(self, key).check())
+        if self.optim and self.run:
+            yield from gather("optim", self.optim.check(self.run.device_type))
+        if self.train and self.data:
+            yield from gather("train", self.train.check(has_validation=self.data.validation is not None))
+        if self.schema and not list(self.schema.check()):
+            yield from self._check_with_schema(self.schema)
+
+    def _check_with_schema(self, schema: Schema) -> Iterator[Complaint]:
+        if self.metrics:
+            yield from gather("metrics", self.metrics.check(schema))
+        parts = {"model": self.model, "objective": self.objective}
+        parts |= {f"auxiliary.{name}": part for name, part in (self.auxiliary or {}).items()}
+        for key, part in parts.items():
+            if part is not None:
+                yield from gather(key, part.check(schema))
+        if self.model and self.embeddings:
+            sets = self.model.table_sets(schema)
+            yield from gather("embeddings", self.embeddings.check(sets, schema))
+            tables = make_tables(sets, schema, self.embeddings)
+            if self.optim:
+                yield from gather("embeddings", check_splittable(tables, self.optim.tables.name))
+            if self.run:
+                yield from gather("embeddings", check_kernels(tables, self.run.device_type))
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config in file `path` with `key=value` overrides, checked.
+
+    Raises:
+        ConfigError: with every complaint, each with its full key and the fix.
+    """
+    return from_mapping(read(path, overrides))
+
+
+def from_mapping(values: dict[str, Any]) -> RunConfig:
+    """A checked `RunConfig` from a nested mapping; raises like `load`."""
+    complaints: list[Complaint] = []
+    config = parse(RunConfig, values, complaints)
+    complaints += config.check()
+    if complaints:
+        raise ConfigError(complaints)
+    return config
+
+
+def read(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The merged mapping, not yet typed: the file, on top of the files its `base` key lists, under the overrides."""
+    try:
+        merged = OmegaConf.merge(_read_file(Path(path), ()), _read_overrides(overrides))
+        assert isinstance(merged, DictConfig)
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([Complaint(getattr(error, "full_key", None) or path, str(error).splitlines()[0])]) from error
+    assert isinstance(values, dict)
+    return values  # type: ignore[return-value]
+
+
+def _read_file(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    if path.resolve() in seen:
+        raise ConfigError([Complaint("base", f"of {path} leads back to itself; remove the circle")])
+    if not path.is_file():
+        known = sorted(str(p) for p in Path("configs").rglob("*.yaml"))
+        raise ConfigError([Complaint(str(path), "does not exist" + (f"; configs: {', '.join(known)}" if known else ""))])
+    try:
+        config = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ConfigError([Complaint(str(path), f"is not valid YAML: {' '.join(str(error).split())}")]) from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError([Complaint(str(path), "is not a mapping; a config has sections such as schema, data, model")])
+    bases = config.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else list(bases or [])
+    layers = [_read_file(path.parent / base, (*seen, path.resolve())) for base in bases]
+    merged = OmegaConf.merge(*layers, config)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _read_overrides(overrides: Sequence[str]) -> DictConfig:
+    bad = [o for o in overrides if "=" not in o or o.startswith("-")]
+    if bad:
+        raise ConfigError([Complaint(o, "is not an override; write key=value, for example train.steps=100") for o in bad])
+    return OmegaConf.from_dotlist(list(overrides))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config, loadable again by `load`."""
+    values = asdict(config)
+    for key in ("model", "objective"):
+        values[key] = {"name": _name_of(getattr(config, key)), **values[key]}
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _name_of(component: Any) -> str:
+    return type(component).__module__.rsplit(".", 1)[1]

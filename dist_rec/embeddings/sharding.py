@@ -1,0 +1,260 @@
+"""Which rank holds which part of which table: the plan, its report, the sharded model, and the tables' initial values."""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import BoundsCheckMode, ModuleSharder, ShardingEnv, ShardingPlan
+
+from dist_rec.embeddings.tables import Table
+from dist_rec.settings import Complaint
+
+GIB = 1024**3
+BLOCK_ROWS = 16384
+SPLITS_COLUMNS = {ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value, ShardingType.GRID_SHARD.value}
+_AUTO = [
+    ShardingType.DATA_PARALLEL.value,
+    ShardingType.TABLE_WISE.value,
+    ShardingType.ROW_WISE.value,
+    ShardingType.TABLE_ROW_WISE.value,
+]
+
+
+@dataclass
+class ShardingConfig:
+    """The `sharding` section: what the planner may assume about the machine."""
+
+    device_memory_gb: float | None = None  # memory per GPU; default: what the planner assumes (32), or the GPU's own
+    host_memory_gb: float | None = None  # host memory per rank; default: what the planner assumes (128)
+    min_columns: int | None = None  # narrowest shard of a column-wise table; must divide its width
+
+    def check(self) -> Iterator[Complaint]:
+        """Complaints about the section's own settings."""
+        for key in ("device_memory_gb", "host_memory_gb", "min_columns"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                yield Complaint(key, f"is {value}; use a number > 0, or leave it out")
+
+
+class PlanError(ValueError):
+    """No placement satisfies the constraints; the message names the largest table and what would make it fit."""
+
+
+class CollectionSharder(EmbeddingBagCollectionSharder):
+    """TorchRec's sharder, offering on CPU what it offers on CUDA.
+
+    TorchRec leaves row-wise out on CPU because gloo once had no reduce-scatter; it has one now, and the row-wise
+    run time is exact there.
+    """
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Every sharding of pooled tables, on every device."""
+        return super().sharding_types("cuda")
+
+
+def sharders() -> list[ModuleSharder[nn.Module]]:
+    """The sharders a model of this framework needs; given to planner and DistributedModelParallel alike."""
+    return [CollectionSharder()]
+
+
+def check_kernels(tables: list[Table], device_type: str) -> Iterator[Complaint]:
+    """A kernel that keeps rows in host memory for a GPU needs one."""
+    for table in tables:
+        if device_type == "cpu" and table.kernel not in ("auto", "fused"):
+            text = f"is {table.kernel} for table '{table.name}', which needs a GPU; on CPU use auto or fused"
+            yield Complaint("kernel", text)
+
+
+def check_splittable(tables: list[Table], table_optimizer: str) -> Iterator[Complaint]:
+    """A table split by columns has one row-wise Adagrad state per shard: it would not train as the unsharded table."""
+    if table_optimizer != "rowwise_adagrad":
+        return
+    for table in tables:
+        if table.sharding in SPLITS_COLUMNS:
+            yield Complaint(
+                f"tables.{table.name}.sharding",
+                f"is {table.sharding}, but row-wise Adagrad keeps one state per row and each column shard would keep "
+                "its own, so sharded would differ from unsharded; use optim.tables.name: adagrad, or row_wise",
+            )
+
+
+def make_plan(
+    model: nn.Module,
+    tables: list[Table],
+    config: ShardingConfig,
+    *,
+    device_type: str,
+    world_size: int,
+    local_world_size: int,
+    batch_size: int,
+    process_group: dist.ProcessGroup | None = None,
+) -> ShardingPlan:
+    """TorchRec's plan for `model`, whose tables may be on the meta device.
+
+    With a process group the plan of rank 0 is used by all ranks; without one this runs offline for any world size.
+
+    Raises:
+        PlanError: no placement fits, with the largest table, the bytes needed and available, and what would help.
+    """
+    topology = Topology(
+        world_size=world_size,
+        local_world_size=local_world_size,
+        compute_device=device_type,
+        hbm_cap=_bytes(config.device_memory_gb),
+        ddr_cap=_bytes(config.host_memory_gb),
+    )
+    constraints = {t.name: _constraints(t, config, device_type, batch_size) for t in tables}
+    planner = EmbeddingShardingPlanner(
+        topology=topology, batch_size=batch_size, constraints=constraints, debug=False, stats=[]
+    )
+    logging.getLogger("torchrec.distributed.planner").setLevel(logging.WARNING)
+    try:
+        if process_group is None:
+            return planner.plan(model, sharders())
+        return planner.collective_plan(model, sharders(), process_group)
+    except PlannerError as error:
+        raise PlanError(_explain(error, tables, topology, device_type)) from error
+
+
+def _constraints(table: Table, config: ShardingConfig, device_type: str, batch_size: int) -> ParameterConstraints:
+    if table.sharding == "data_parallel":
+        kernels = [EmbeddingComputeKernel.DENSE.value]
+    elif table.kernel == "auto":
+        kernels = [EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value]
+        if device_type == "cuda":
+            kernels += [EmbeddingComputeKernel.FUSED_UVM_CACHING.value, EmbeddingComputeKernel.FUSED_UVM.value]
+    else:
+        kernels = [table.kernel]
+    return ParameterConstraints(
+        sharding_types=_AUTO if table.sharding == "auto" else [table.sharding],
+        compute_kernels=kernels,
+        min_partition=config.min_columns,
+        pooling_factors=list(table.mean_lengths),
+        num_poolings=[1.0] * len(table.features),
+        batch_sizes=[batch_size] * len(table.features),
+        # the loader has checked every id already, naming feature, file and row group
+        bounds_check_mode=BoundsCheckMode.NONE,
+    )
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else int(gigabytes * GIB)
+
+
+def _explain(error: PlannerError, tables: list[Table], topology: Topology, device_type: str) -> str:
+    largest = max(tables, key=lambda t: t.num_bytes)
+    storage = topology.devices[0].storage
+    per_rank = storage.hbm if device_type == "cuda" else storage.ddr
+    total = sum(t.num_bytes for t in tables)
+    ranks = topology.world_size
+    need = math.ceil(total * 1.5 / max(per_rank, 1))
+    key = "sharding.device_memory_gb" if device_type == "cuda" else "sharding.host_memory_gb"
+    kernel = "" if device_type == "cpu" else "; let it live in host memory with embeddings.kernel: fused_uvm_caching"
+    first = str(error).strip().splitlines()[0] if str(error).strip() else error.error_type.value
+    return (
+        f"no plan fits {len(tables)} tables on {ranks} rank(s): {first}\n"
+        f"  largest table: {largest.name}, {largest.num_rows:,} x {largest.dim} = {largest.num_bytes / GIB:.3f} GiB, "
+        f"sharding {largest.sharding}\n"
+        f"  needed: {total / GIB:.3f} GiB of weights, plus optimiser state and exchange buffers\n"
+        f"  available: {per_rank / GIB:.3f} GiB per rank ({key}), {ranks * per_rank / GIB:.3f} GiB in all\n"
+        f"  what would fit: sharding row_wise or auto for {largest.name}; at least {max(need, 1)} ranks; or a larger "
+        f"{key} if the machine has it{kernel}"
+    )
+
+
+def describe(plan: ShardingPlan, tables: list[Table]) -> str:
+    """The plan as an aligned table, one line per embedding table, followed by the bytes of weights per rank."""
+    by_name = {t.name: t for t in tables}
+    rows = [("table", "rows", "width", "pooling", "sharding", "kernel", "ranks", "MiB")]
+    per_rank: dict[int, float] = {}
+    for _, module_plan in plan.plan.items():
+        for name, sharding in module_plan.items():  # type: ignore[attr-defined]
+            table, ranks = by_name[name], sharding.ranks or []
+            shards = sharding.sharding_spec.shards if sharding.sharding_spec is not None else []
+            for shard in shards:
+                size = math.prod(shard.shard_sizes) * 4 / 2**20
+                per_rank[shard.placement.rank()] = per_rank.get(shard.placement.rank(), 0.0) + size
+            if not shards:
+                for rank in ranks:
+                    per_rank[rank] = per_rank.get(rank, 0.0) + table.num_bytes / 2**20
+            rows.append(
+                (name, f"{table.num_rows:,}", str(table.dim), table.pooling, sharding.sharding_type,
+                 sharding.compute_kernel, _ranges(ranks), f"{table.num_bytes / 2**20:.1f}")
+            )  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    load = ", ".join(f"rank {rank}: {size:.1f}" for rank, size in sorted(per_rank.items()))
+    return "\n".join([*lines, f"MiB of weights: {load}"])
+
+
+def _ranges(ranks: list[int]) -> str:
+    distinct = sorted(set(ranks))
+    if len(distinct) > 1 and distinct == list(range(distinct[0], distinct[-1] + 1)):
+        return f"{distinct[0]}-{distinct[-1]}"
+    return ",".join(map(str, distinct))
+
+
+def sharding_types(plan: ShardingPlan) -> dict[str, str]:
+    """table name -> its sharding type in the plan."""
+    return {name: s.sharding_type for p in plan.plan.values() for name, s in p.items()}  # type: ignore[attr-defined]
+
+
+def shard(
+    model: nn.Module,
+    plan: ShardingPlan,
+    device: torch.device,
+    process_group: dist.ProcessGroup,
+    *,
+    tables: list[Table],
+    seed: int,
+) -> DistributedModelParallel:
+    """`model` with its tables sharded by `plan` and filled, and its dense part data-parallel."""
+    env = ShardingEnv.from_process_group(process_group)
+    sharded = DistributedModelParallel(model, env=env, device=device, plan=plan, sharders=sharders())
+    initialise(sharded.state_dict(), tables, seed)
+    return sharded
+
+
+def initialise(state: dict[str, Tensor | ShardedTensor], tables: list[Table], seed: int) -> None:
+    """Fills every table in place with values that depend on (seed, table name, row, column) alone.
+
+    So any sharding on any number of ranks starts from the same table. (TorchRec's own hook draws from the rank's
+    generator: with one seed everywhere all row-wise shards are identical, with a seed per rank N ranks differ from 1.)
+    """
+    for key, value in state.items():
+        for table in tables:
+            if key.endswith(f".{table.name}.weight"):
+                for tensor, row, column in local_parts(value):
+                    _fill(tensor, table, row, column, seed)
+
+
+def local_parts(value: Tensor | ShardedTensor) -> list[tuple[Tensor, int, int]]:
+    """(tensor, first row, first column) of each part of a table that this rank holds."""
+    if isinstance(value, ShardedTensor):
+        return [(s.tensor, s.metadata.shard_offsets[0], s.metadata.shard_offsets[1]) for s in value.local_shards()]
+    return [(value, 0, 0)]
+
+
+def _fill(part: Tensor, table: Table, first_row: int, first_column: int, seed: int) -> None:
+    generator = torch.Generator()
+    rows, columns = part.shape
+    for block in range(first_row // BLOCK_ROWS, -(-(first_row + rows) // BLOCK_ROWS)):
+        start, stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, table.num_rows)
+        generator.manual_seed(zlib.crc32(f"{seed}/{table.name}/{block}".encode()))
+        values = torch.empty(stop - start, table.dim).uniform_(-table.init_bound, table.init_bound, generator=generator)
+        low, high = max(start, first_row), min(stop, first_row + rows)
+        source = values[low - start : high - start, first_column : first_column + columns]
+        part.detach()[low - first_row : high - first_row].copy_(source)

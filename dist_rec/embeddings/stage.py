@@ -1,0 +1,82 @@
+"""One KeyedJaggedTensor in, one tensor per table set out.
+
+Letters: B rows of this rank, F features of a set, D its width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from dist_rec.contract import TableSet
+from dist_rec.embeddings.tables import Table, output_names
+
+
+class EmbeddingStage(nn.Module):
+    """All tables of a model in one collection, so that a step has one look-up and one exchange.
+
+    The whole KeyedJaggedTensor goes to the collection, which picks its features itself: permuting it here would take
+    the collection out of TorchRec's pipeline. Tables pool by sum; mean pooling divides afterwards, because TorchRec's
+    own mean divides twice where a row-wise table shares a collection with a table of another sharding.
+    """
+
+    def __init__(self, tables: list[Table], table_sets: list[TableSet], *, is_weighted: bool, device: torch.device):
+        super().__init__()
+        configs = [
+            EmbeddingBagConfig(
+                name=t.name,
+                num_embeddings=t.num_rows,
+                embedding_dim=t.dim,
+                feature_names=list(t.features),
+                init_fn=_leave_as_allocated,
+            )
+            for t in tables
+        ]
+        self.collection = EmbeddingBagCollection(tables=configs, is_weighted=is_weighted, device=device)
+        self.regroup = Regroup(tables, table_sets)
+
+    def forward(self, sparse: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """sparse: F features with B bags each. Returns set name -> (B, F, D) float32."""
+        return self.regroup(self.collection(sparse), sparse)
+
+
+class Regroup(nn.Module):
+    """The collection's columns, regrouped into one (B, F, D) per table set, means divided by their bag's length."""
+
+    def __init__(self, tables: list[Table], table_sets: list[TableSet]):
+        super().__init__()
+        names = output_names(tables)
+        self._sets: dict[str, list[str]] = {}
+        self._dims: dict[str, int] = {}
+        self._mean: dict[str, list[str | None]] = {}
+        for table_set in table_sets:
+            by_feature = {f: t for t in tables if t.name.startswith(f"{table_set.name}_") for f in t.features}
+            owners = [by_feature[f] for f in table_set.features]
+            self._sets[table_set.name] = [names[t.name, f] for t, f in zip(owners, table_set.features, strict=True)]
+            means = [f if t.pooling == "mean" else None for t, f in zip(owners, table_set.features, strict=True)]
+            self._dims[table_set.name] = table_set.dim
+            self._mean[table_set.name] = means
+
+    def forward(self, pooled: KeyedTensor, sparse: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """pooled: (B, sum of widths). sparse: the batch's own ids, for the bag lengths of mean-pooled features."""
+        columns = pooled.to_dict()
+        result = {}
+        for name, outputs in self._sets.items():
+            stacked = torch.stack([columns[o] for o in outputs], dim=1)
+            result[name] = self._divide(stacked, name, sparse) if any(self._mean[name]) else stacked
+        return result
+
+    def _divide(self, stacked: Tensor, name: str, sparse: KeyedJaggedTensor) -> Tensor:
+        batch_size, keys = stacked.shape[0], sparse.keys()
+        lengths = sparse.lengths().view(len(keys), batch_size)
+        ones = torch.ones(batch_size, device=lengths.device, dtype=lengths.dtype)
+        bags = [lengths[keys.index(f)].clamp(min=1) if f is not None else ones for f in self._mean[name]]
+        return stacked / torch.stack(bags, dim=1).unsqueeze(2).to(stacked.dtype)
+
+
+def _leave_as_allocated(weight: Tensor) -> Tensor:
+    """TorchRec's init hook. Tables are filled by `sharding.initialise`, once, the same for every sharding."""
+    return weight

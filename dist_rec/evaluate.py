@@ -1,0 +1,97 @@
+"""Evaluates a trained run: `python -m dist_rec.evaluate CONFIG [key=value ...]`, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dist_rec.config import RunConfig
+from dist_rec.data.schema import Schema
+from dist_rec.job import JobData, load_config, run_entry
+from dist_rec.metrics.rows import Rows
+from dist_rec.recommender import distribute
+from dist_rec.settings import Complaint, ConfigError
+from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError
+from dist_rec.training.evaluation import evaluate
+from dist_rec.training.report import format_table
+from dist_rec.training.runtime import Runtime, process
+
+USAGE = """usage: dist-rec evaluate CONFIG [key=value ...]
+
+Loads the weights of a run from run.dir, evaluates a split, prints the metrics and writes them to
+run.dir/evaluation-<split>.json. CONFIG is the one the run was trained with, or the config.yaml in its folder.
+
+Overrides:
+  run.dir=runs/mine                the run whose checkpoints are read
+  evaluate.split=test              train, validation or test (default: test)
+  evaluate.step=1000               which checkpoint; default: the best of an early-stopping run, else the newest
+  evaluate.predictions=out.parquet also write logits, labels, weights and groups of every row
+  data.test=PATH                   evaluate other files
+
+On several ranks:  torchrun --nproc-per-node 2 -m dist_rec.evaluate CONFIG [key=value ...]
+"""
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Evaluates by `config` in this process, one rank of the job; returns step, split and metrics."""
+    with process(config.run) as runtime:
+        return _run(config, runtime)
+
+
+def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
+    split, folder = config.evaluate.split, Path(config.run.dir)
+    if getattr(config.data, split) is None:
+        raise ConfigError([Complaint(f"data.{split}", f"is empty; set it, or choose another evaluate.split than {split}")])
+    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, runtime)
+    checkpoint = _choose(checkpointer, config.evaluate.step)
+    data = JobData(config, runtime, splits=(split,))
+    parts = distribute(config, runtime)
+    checkpointer.load(checkpoint, parts.model, None)
+    loader = data.once(split)
+    groups = list(config.schema.groups) if config.evaluate.predictions else None
+    metrics, rows = evaluate(parts.model, loader, config.schema, config.metrics, runtime, groups)
+    result = {"step": checkpoint.step, "split": split, "metrics": metrics}
+    if rows is not None:
+        (folder / f"evaluation-{split}.json").write_text(json.dumps(result, indent=1))
+        print(f"step {checkpoint.step}, {checkpoint.path}")
+        print(format_table({split: metrics}))
+        if config.evaluate.predictions:
+            write_predictions(rows, config.schema, Path(config.evaluate.predictions))
+    return result
+
+
+def _choose(checkpointer: Checkpointer, step: int | None) -> Checkpoint:
+    newest = checkpointer.latest()
+    if newest is None:
+        raise CheckpointError(f"{checkpointer.folder} has no complete checkpoint; train first, or correct run.dir")
+    wanted = step if step is not None else newest.meta["progress"]["best_step"]
+    return newest if wanted is None else checkpointer.at(wanted)
+
+
+def write_predictions(rows: Rows, schema: Schema, path: Path) -> None:
+    """Rows as Parquet, in no particular order: logit_<label>, label_<label>, weight, and a column per group."""
+    columns: dict[str, Any] = {}
+    for i, label in enumerate(schema.labels):
+        columns[f"logit_{label}"] = rows.predictions[:, i]
+        columns[f"label_{label}"] = rows.labels[:, i]
+    columns |= {"weight": rows.weights, **rows.groups}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    run(load_config(arguments))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry of `python -m dist_rec.evaluate` and `dist-rec evaluate`."""
+    run_entry(_main, arguments, USAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What every entry does around its work: arguments, errors a user can act on, the data's files, the run folder."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from dist_rec.config import RunConfig, load
+from dist_rec.data import synthetic
+from dist_rec.data.footers import DataError, FileFooter, check_columns, read_footers
+from dist_rec.data.loader import Loader
+from dist_rec.embeddings.sharding import PlanError
+from dist_rec.settings import ConfigError
+from dist_rec.training.checkpoint import CheckpointError
+from dist_rec.training.runtime import Runtime, rank_from_environment
+from dist_rec.training.trainer import TrainingStopped
+
+USER_ERRORS = (ConfigError, DataError, PlanError, CheckpointError, TrainingStopped)
+"""Errors whose message is all a user needs; they end the process without a traceback."""
+
+
+def run_entry(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | None, usage: str) -> None:
+    """Runs an entry on the command line's arguments; an error a user can act on is printed without a traceback.
+
+    The error also reaches the launcher (through torchelastic's error file), which prints that of the first failing
+    rank.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        raise SystemExit(0 if arguments else 2)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("dist_rec").setLevel(logging.INFO)
+    try:
+        record(main)(arguments)
+    except USER_ERRORS as error:
+        rank = rank_from_environment()
+        # what is wrong with a config is wrong on every rank: saying it once is enough
+        raise SystemExit(1 if rank and isinstance(error, ConfigError) else f"error: {error}") from None
+
+
+def load_config(arguments: Sequence[str]) -> RunConfig:
+    """The config of `CONFIG [key=value ...]`."""
+    return load(arguments[0], arguments[1:])
+
+
+class JobData:
+    """The files of every split, checked against the schema before a table is allocated, and loaders over them.
+
+    Rank 0 reads the footers and everyone gets them, so that a cluster does not open every file once per rank. Making
+    one is collective.
+
+    Raises:
+        DataError: on every rank, for a split that is missing, empty, damaged or does not fit the schema.
+    """
+
+    def __init__(self, config: RunConfig, runtime: Runtime, splits: Sequence[str] = ("train", "validation", "test")):
+        self._config, self._runtime = config, runtime
+        self._footers: dict[str, list[FileFooter]] = {}
+        answer: dict[str, list[FileFooter]] | DataError = {}
+        if runtime.is_main:
+            try:
+                answer = _read_splits(config, splits, runtime.world_size)
+            except DataError as error:
+                answer = error
+        answer = runtime.broadcast(answer)
+        if isinstance(answer, DataError):
+            raise answer
+        self._footers = answer
+
+    def train(self, cursor: dict[str, Any] | None) -> Loader:
+        """The training batches, from a checkpoint's cursor on or from the start."""
+        return self._loader("train", cursor=cursor, one_pass=False)
+
+    def split(self, name: str) -> Callable[[], Loader] | None:
+        """A maker of loaders over "validation" or "test", one pass in file order; None if the config has none."""
+        return partial(self._loader, name) if name in self._footers else None
+
+    def once(self, name: str) -> Loader:
+        """One pass over a split that the config has, in file order."""
+        return self._loader(name)
+
+    def _loader(self, split: str, cursor: dict[str, Any] | None = None, one_pass: bool = True) -> Loader:
+        data, train = self._config.data, not one_pass
+        return Loader(
+            data,
+            self._config.schema,
+            self._footers[split],
+            rank=self._runtime.rank,
+            world_size=self._runtime.world_size,
+            batch_size=data.batch_size if train else data.eval_batch_size or data.batch_size,
+            seed=self._config.run.seed,
+            shuffle=data.shuffle and train,
+            epochs=self._config.train.epochs if train else 1,
+            cursor=cursor,
+            pin_memory=self._runtime.device.type == "cuda",
+        )
+
+    def counts(self, loader: Loader) -> dict[str, int]:
+        """How often each declared policy acted on the rows of `loader`, over all ranks. Collective."""
+        every: list[dict[str, int]] = [{} for _ in range(self._runtime.world_size)]
+        dist.all_gather_object(every, dict(loader.counts), group=self._runtime.control)
+        total: dict[str, int] = {}
+        for counts in every:
+            for key, count in counts.items():
+                total[key] = total.get(key, 0) + count
+        return total
+
+
+def _read_splits(config: RunConfig, splits: Sequence[str], world_size: int) -> dict[str, list[FileFooter]]:
+    if config.data.synthetic is not None and not Path(config.data.synthetic.path).exists():
+        synthetic.write(config.data.synthetic)
+    found = {}
+    for split in splits:
+        path = getattr(config.data, split)
+        if path is None:
+            continue
+        found[split] = read_footers(path)
+        check_columns(found[split], config.schema)
+        rows = sum(sum(f.row_group_rows) for f in found[split])
+        if rows < world_size:
+            raise DataError(f"data.{split} has {rows} rows for {world_size} ranks: every rank needs at least one row; "
+                            f"use at most {rows} ranks or more data")  # fmt: skip
+    return found

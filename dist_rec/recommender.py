@@ -1,0 +1,134 @@
+"""The only assembly: a config becomes an embedding stage and a dense part under one root. No method is named here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingPlan
+
+from dist_rec.config import RunConfig
+from dist_rec.contract import StepOutput
+from dist_rec.data.batch import Batch
+from dist_rec.embeddings import sharding
+from dist_rec.embeddings.stage import EmbeddingStage
+from dist_rec.embeddings.tables import Table, make_tables
+from dist_rec.training.optim import StepOptimizer, fuse_table_optimizer
+from dist_rec.training.runtime import Runtime
+
+
+class DensePart(nn.Module):
+    """Arch, objective and auxiliaries: everything that is data-parallel.
+
+    TorchRec traces only modules that contain a sharded one, so what is below this module may be ordinary Python.
+    """
+
+    def __init__(self, arch: nn.Module, objective: nn.Module, auxiliaries: Mapping[str, nn.Module], precision: str):
+        super().__init__()
+        self.arch = arch
+        self.objective = objective
+        self.auxiliaries = nn.ModuleDict(auxiliaries)
+        self._precision = precision
+
+    def forward(self, batch: Batch, tables: dict[str, Tensor]) -> tuple[Tensor, StepOutput]:
+        """tables: set name -> (B, F, D). Returns the loss to minimise (scalar, float32) and what the step leaves."""
+        with torch.autocast(batch.dense.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+            output = self.arch(batch.dense, tables, batch.groups)
+        output = output._replace(predictions=output.predictions.float())
+
+        def encode(view: str) -> Tensor:
+            return self.arch.encode(batch, tables, view)
+
+        terms: dict[str, Tensor] = {}
+        for part in (self.objective, *self.auxiliaries.values()):
+            terms.update(part(output, batch, encode))
+        left = StepOutput(
+            predictions=output.predictions.detach(),
+            labels=batch.labels,
+            weights=batch.weights,
+            groups=batch.groups,
+            losses={name: term.detach() for name, term in terms.items()},
+        )
+        return torch.stack(list(terms.values())).sum(), left
+
+
+class Recommender(nn.Module):
+    """The root: look up, then everything else. Both lines must stay traceable by torch.fx."""
+
+    def __init__(self, embeddings: EmbeddingStage, dense: DensePart):
+        super().__init__()
+        self.embeddings = embeddings
+        self.dense = dense
+
+    def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
+        """One step on one rank's batch: (loss, detached outputs)."""
+        return self.dense(batch, self.embeddings(batch.sparse))
+
+
+def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, list[Table]]:
+    """The unsharded model with its tables on `table_device`, and the list of its tables.
+
+    The dense part is initialised from `run.seed` alone, so every rank and every world size starts from the same
+    weights. Auxiliaries are built last and draw from a fork of the generator: attached or not, the rest starts and
+    trains from the same random numbers.
+    """
+    schema, sets = config.schema, config.model.table_sets(config.schema)
+    tables = make_tables(sets, schema, config.embeddings)
+    stage = EmbeddingStage(tables, sets, is_weighted=schema.is_weighted, device=torch.device(table_device))
+    torch.manual_seed(config.run.seed)
+    arch = config.model.build(schema)
+    objective = config.objective.build(schema, arch.representation_dims)
+    with torch.random.fork_rng(devices=[]):
+        extra = {name: c.build(schema, arch.representation_dims) for name, c in config.auxiliary.items()}
+    return Recommender(stage, DensePart(arch, objective, extra, config.train.precision)), tables
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """A model spread over the ranks, ready to train."""
+
+    model: DistributedModelParallel
+    optimizer: StepOptimizer
+    tables: list[Table]
+    plan: ShardingPlan
+
+
+def distribute(config: RunConfig, runtime: Runtime) -> Distributed:
+    """Builds the model, plans and shards its tables, and gives every parameter its optimiser. Collective."""
+    model, tables = build(config)
+    plan = plan_tables(
+        config, model, tables, runtime.device.type, runtime.world_size, runtime.local_world_size, runtime.group
+    )
+    fuse_table_optimizer(model.embeddings.collection.parameters(), config.optim.tables)
+    sharded = sharding.shard(
+        model, plan, runtime.device, runtime.group, tables=tables, seed=config.run.seed
+    )
+    # from here on random numbers (dropout) are the rank's own
+    torch.manual_seed(config.run.seed + 1 + runtime.rank)
+    return Distributed(sharded, StepOptimizer(sharded, config.optim), tables, plan)
+
+
+def plan_tables(
+    config: RunConfig,
+    model: Recommender,
+    tables: list[Table],
+    device_type: str,
+    world_size: int,
+    local_world_size: int,
+    process_group: dist.ProcessGroup | None = None,
+) -> ShardingPlan:
+    """The sharding plan of `model` for `world_size` ranks; without a process group it is made offline."""
+    return sharding.make_plan(
+        model,
+        tables,
+        config.sharding,
+        device_type=device_type,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        batch_size=config.data.batch_size,
+        process_group=process_group,
+    )

@@ -1,0 +1,159 @@
+"""Trains one model: `python -m dist_rec.train CONFIG [key=value ...]`, alone, under torchrun, or through TorchX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dist_rec import versions
+from dist_rec.config import RunConfig, to_yaml
+from dist_rec.embeddings.sharding import describe, sharding_types
+from dist_rec.job import JobData, load_config, run_entry
+from dist_rec.recommender import distribute
+from dist_rec.training.checkpoint import Checkpointer, CheckpointError, check_reshardable
+from dist_rec.training.evaluation import evaluate
+from dist_rec.training.report import Reporter
+from dist_rec.training.runtime import Runtime, process
+from dist_rec.training.trainer import Trainer
+
+USAGE = """usage: dist-rec train CONFIG [key=value ...]
+
+Trains the model of CONFIG (YAML) and leaves everything in run.dir: config.yaml, plan.txt, metrics.jsonl, result.json,
+checkpoints/, tb/. A run folder with checkpoints is continued from the newest one.
+
+Overrides that every config understands:
+  run.dir=runs/mine run.seed=1 run.device=cpu   where to, which random numbers, on what
+  data.train=PATH data.validation=PATH data.test=PATH   a file, a folder, a glob, or a URI such as s3://bucket/folder
+  data.batch_size=4096                          rows per rank and step
+  train.steps=1000 train.epochs=2               the end, whichever comes first
+  checkpoint.every=500 train.eval_every=500     in steps
+
+On several ranks of one machine:  torchrun --nproc-per-node 2 -m dist_rec.train CONFIG [key=value ...]
+On a cluster:                     torchx run -s slurm launch/components.py:train --config CONFIG -- [key=value ...]
+"""
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Trains by `config` in this process, one rank of the job; returns what result.json holds."""
+    with process(config.run) as runtime:
+        return _Training(config, runtime).run()
+
+
+class _Training:
+    """The parts of one training job, built in the order in which a failure is cheapest."""
+
+    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        self.folder = Path(config.run.dir)
+        self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint, runtime)
+        self.checkpoint = self.checkpointer.latest()
+        if self.checkpoint is not None and config.checkpoint.resume == "never":
+            raise CheckpointError(
+                f"{self.folder} has checkpoints up to step {self.checkpoint.step} and checkpoint.resume is never; "
+                "choose another run.dir, or set checkpoint.resume=auto to go on from there"
+            )
+        self.data = JobData(config, runtime)
+        self.parts = distribute(config, runtime)
+        cursor = None
+        if self.checkpoint is not None:
+            saved, planned = self.checkpoint.meta["plan"], sharding_types(self.parts.plan)
+            check_reshardable(saved, planned, config.optim.tables.name)
+            cursor = self.checkpoint.meta["cursor"]
+        self.loader = self.data.train(cursor)
+
+    def run(self) -> dict[str, Any]:
+        total_steps = self._total_steps()
+        config, is_main = self.config, self.runtime.is_main
+        reporter = Reporter(self.folder, total_steps=total_steps, is_main=is_main, config=config.report)
+        try:
+            if is_main:
+                self._write_folder(reporter)
+            trainer = self._trainer(reporter, total_steps)
+            if self.checkpoint is not None:
+                trainer.resume(self.checkpoint)
+                reporter.truncate_after(self.checkpoint.step)
+                reporter.line(
+                    f"continuing after step {self.checkpoint.step} from {self.checkpoint.path}, "
+                    f"written by {self.checkpoint.meta['world_size']} rank(s)"
+                )
+            validation = trainer.fit()
+            return self._finish(trainer, validation, reporter)
+        finally:
+            self.loader.close()
+            reporter.close()
+
+    def _total_steps(self) -> int:
+        done = self.checkpoint.step if self.checkpoint is not None else 0
+        limits = [self.config.train.steps] if self.config.train.steps is not None else []
+        if self.loader.batches_left is not None:
+            limits.append(done + self.loader.batches_left)
+        return min(limits)
+
+    def _write_folder(self, reporter: Reporter) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(to_yaml(self.config))
+        plan = describe(self.parts.plan, self.parts.tables)
+        (self.folder / "plan.txt").write_text(plan + "\n")
+        reporter.line(plan)
+        reporter.line(self.loader.describe())
+
+    def _trainer(self, reporter: Reporter, total_steps: int) -> Trainer:
+        config = self.config
+        facts = {"plan": sharding_types(self.parts.plan), "config": asdict(config), "versions": versions.installed()}
+        return Trainer(
+            model=self.parts.model,
+            optimizer=self.parts.optimizer,
+            loader=self.loader,
+            validation=self.data.split("validation"),
+            schema=config.schema,
+            config=config.train,
+            metrics=config.metrics,
+            reporter=reporter,
+            checkpointer=self.checkpointer,
+            runtime=self.runtime,
+            total_steps=total_steps,
+            report_every=config.report.every,
+            checkpoint_every=config.checkpoint.every,
+            facts=facts,
+        )
+
+    def _finish(self, trainer: Trainer, validation: dict[str, float] | None, reporter: Reporter) -> dict[str, Any]:
+        p, splits = trainer.progress, {"train": trainer.window_metrics()}
+        if validation is not None:
+            splits["validation"] = validation
+        test = self.data.split("test")
+        if test is not None:
+            splits["test"], _ = evaluate(
+                self.parts.model, test(), self.config.schema, self.config.metrics, self.runtime
+            )
+            reporter.evaluation(p.step, p.examples, "test", splits["test"])
+        result = {
+            "metrics": splits,
+            "step": p.step,
+            "best_step": p.best_step,
+            "examples": p.examples,
+            "examples_per_second": p.examples / p.seconds if p.seconds else 0.0,
+            "data_wait_share": p.wait_seconds / p.seconds if p.seconds else 0.0,
+            "wall_seconds": p.seconds,
+            "world_size": self.runtime.world_size,
+            "device": self.runtime.device.type,
+            "data_policies": self.data.counts(self.loader),
+            "versions": versions.installed(),
+        }
+        reporter.finish(result)
+        return result
+
+
+def _main(arguments: Sequence[str]) -> None:
+    run(load_config(arguments))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry of `python -m dist_rec.train` and `dist-rec train`."""
+    run_entry(_main, arguments, USAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Checkpoints through torch.distributed.checkpoint: complete or absent, found by reading, reshardable.
+
+Layout of `<run.dir>/checkpoints/step-00000100/`::
+
+    .metadata, *.distcp   model and optimiser state, written by torch.distributed.checkpoint
+    rank-0.pt, ...        per rank: random-number state and the window of training metrics
+    meta.json             step, data cursor, config, sharding, versions, and the size of every other file
+
+A checkpoint is written under a dot-name and renamed when it is whole; `meta.json` comes last. So a folder that has the
+right name and whose files have the listed sizes is complete, and nothing else is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from dist_rec.settings import Complaint
+from dist_rec.training.optim import StepOptimizer
+from dist_rec.training.runtime import Runtime
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+_UNSHARDED = {"data_parallel"}
+_BY_COLUMN = {"column_wise", "table_column_wise", "grid_shard"}
+
+
+@dataclass
+class CheckpointConfig:
+    """The `checkpoint` section."""
+
+    every: int | None = None  # steps between checkpoints; one is always written at the end
+    keep: int = 2  # how many of the newest are kept; the best one of an early-stopping run is kept besides
+    # auto: go on from the newest complete checkpoint in the run folder, if there is one. never: a run folder that has
+    # checkpoints is refused, so that nothing is overwritten by accident.
+    resume: Literal["auto", "never"] = "auto"
+
+    def check(self) -> Iterator[Complaint]:
+        """Complaints about the section's own settings."""
+        if self.every is not None and self.every < 1:
+            yield Complaint("every", f"is {self.every}; use a number of steps >= 1, or leave it out")
+        if self.keep < 1:
+            yield Complaint("keep", f"is {self.keep}; at least the newest checkpoint must be kept")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Number of finished training steps."""
+        return self.meta["step"]
+
+
+def find(folder: Path) -> list[Checkpoint]:
+    """The complete checkpoints in `folder`, oldest first. Incomplete ones are named in a warning and left alone."""
+    found = []
+    for path in sorted(folder.glob("step-*")):
+        checkpoint = _read(path)
+        if isinstance(checkpoint, Checkpoint):
+            found.append(checkpoint)
+        else:
+            log.warning("checkpoint %s is not complete and is passed over: %s", path, checkpoint)
+    return found
+
+
+def _read(path: Path) -> Checkpoint | str:
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"meta.json: {error}"
+    if meta.get("format") != FORMAT:
+        return f"format {meta.get('format')}, this version reads {FORMAT}"
+    for name, size in meta["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, was written with {size}"
+    return Checkpoint(path, meta)
+
+
+class Checkpointer:
+    """Saves, finds and loads the checkpoints of one run folder. Every method is collective."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig, runtime: Runtime) -> None:
+        self.folder = folder
+        self._config = config
+        self._runtime = runtime
+
+    def latest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, as rank 0 sees it."""
+        found = find(self.folder) if self._runtime.is_main else []
+        return self._runtime.broadcast(found[-1] if found else None)
+
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of step `step`; raises CheckpointError if it is not complete."""
+        found = _read(self.folder / _name(step)) if self._runtime.is_main else None
+        found = self._runtime.broadcast(found)
+        if not isinstance(found, Checkpoint):
+            raise CheckpointError(f"checkpoint {self.folder / _name(step)} cannot be used: {found}")
+        return found
+
+    def save(
+        self,
+        step: int,
+        model: DistributedModelParallel,
+        optimizer: StepOptimizer,
+        *,
+        meta: Mapping[str, Any],
+        own: Any,
+        best_step: int | None = None,
+    ) -> None:
+        """Writes the checkpoint of step `step` and removes the ones that are no longer kept.
+
+        Args:
+            meta: JSON-able facts, the same on all ranks; `own`: this rank's tensors.
+            best_step: a step whose checkpoint is kept whatever its age.
+        """
+        runtime, temporary = self._runtime, self.folder / f".{_name(step)}.tmp"
+        if runtime.is_main:
+            for left in self.folder.glob(".step-*.tmp"):
+                shutil.rmtree(left)
+            temporary.mkdir(parents=True)
+        dist.barrier(group=runtime.control)
+        writer = dcp.FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
+        dcp.save(_state(model, optimizer), storage_writer=writer, process_group=runtime.group)
+        with open(temporary / f"rank-{runtime.rank}.pt", "wb") as file:
+            torch.save({"rng": _rng_state(runtime.device), "own": own}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        dist.barrier(group=runtime.control)
+        if runtime.is_main:
+            self._commit(temporary, step, meta)
+            self._retain(best_step)
+        dist.barrier(group=runtime.control)
+
+    def _commit(self, temporary: Path, step: int, meta: Mapping[str, Any]) -> None:
+        files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
+        whole = {"format": FORMAT, "step": step, "world_size": self._runtime.world_size, **meta, "files": files}
+        with open(temporary / "meta.json", "w") as file:
+            json.dump(whole, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        final = self.folder / _name(step)
+        if final.exists():  # an incomplete or older one of the same step
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_folder(self.folder)
+
+    def _retain(self, best_step: int | None) -> None:
+        paths = [c.path for c in find(self.folder)]
+        best = self.folder / _name(best_step) if best_step is not None else None
+        for path in paths[: -self._config.keep]:
+            if path != best:
+                shutil.rmtree(path)
+
+    def load(self, checkpoint: Checkpoint, model: DistributedModelParallel, optimizer: StepOptimizer | None) -> list:
+        """Loads weights and, if given, optimiser state; on another world size or plan the tables are resharded.
+
+        Returns:
+            What the ranks of the saving run passed as `own`, as far as it falls to this rank: rank r of W reads those
+            of ranks r, r + W, ... On the same world size the random-number state is restored too.
+
+        Raises:
+            CheckpointError: the model differs, or the optimiser state of a table cannot follow a change of sharding.
+        """
+        if optimizer is not None:
+            optimizer.prepare_load()
+        state = _state(model, optimizer)
+        try:
+            dcp.load(state, checkpoint_id=checkpoint.path, process_group=self._runtime.group)
+        except CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            raise CheckpointError(f"checkpoint {checkpoint.path} does not fit this model: {reason}") from error
+        model.load_state_dict(state["model"])
+        if optimizer is not None:
+            optimizer.finish_load(checkpoint.step)
+        return self._load_own(checkpoint, restore_rng=optimizer is not None)
+
+    def _load_own(self, checkpoint: Checkpoint, restore_rng: bool) -> list:
+        runtime, saved = self._runtime, checkpoint.meta["world_size"]
+        parts = []
+        for rank in range(runtime.rank, saved, runtime.world_size):
+            parts.append(torch.load(checkpoint.path / f"rank-{rank}.pt", weights_only=True))
+        if restore_rng and saved == runtime.world_size:
+            _set_rng_state(parts[0]["rng"], runtime.device)
+        return [part["own"] for part in parts]
+
+
+def check_reshardable(saved: Mapping[str, str], planned: Mapping[str, str], table_optimizer: str) -> None:
+    """Optimiser state follows row-, table- and table-row-wise changes; it cannot follow the others.
+
+    Args:
+        saved, planned: table name -> sharding type.
+
+    Raises:
+        CheckpointError: a table moves to or from data-parallel or column-wise sharding.
+    """
+    if table_optimizer == "sgd":  # no state to move
+        return
+
+    def kind(sharding: str) -> str:
+        return sharding if sharding in _UNSHARDED else "by_column" if sharding in _BY_COLUMN else "by_row"
+
+    moved = [t for t in planned if t in saved and kind(planned[t]) != kind(saved[t])]
+    if moved:
+        changes = ", ".join(f"{t}: {saved[t]} -> {planned[t]}" for t in moved)
+        example = f"embeddings.tables.{moved[0]}.sharding={saved[moved[0]]}"
+        raise CheckpointError(
+            f"the optimiser state of these tables cannot follow their change of sharding: {changes}. "
+            f"Keep the sharding the checkpoint was written with, for example {example}"
+        )
+
+
+def _state(model: DistributedModelParallel, optimizer: StepOptimizer | None) -> dict[str, Any]:
+    state: dict[str, Any] = {"model": model.state_dict()}
+    if optimizer is not None:
+        # an optimiser without state (plain SGD) has an empty entry, which DCP cannot read back
+        full = {name: values for name, values in optimizer.state().items() if values}
+        state |= {"optimizer": full} if full else {}
+    return state
+
+
+def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,121 @@
+"""The process: its rank, its device and its process groups. What differs between CPU and CUDA is decided here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from dist_rec.settings import Complaint
+
+
+@dataclass
+class RunSettings:
+    """The `run` section."""
+
+    dir: str = "runs/default"  # everything the run leaves behind goes here
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch finds a GPU
+    timeout_minutes: float = 10.0  # a collective that takes longer ends the job
+
+    @property
+    def device_type(self) -> str:
+        """The device a process of this config gets on this machine."""
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
+
+    def check(self) -> Iterator[Complaint]:
+        """Complaints about a device that is not there, a bad seed, and a folder that cannot be written."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            yield Complaint("device", "is cuda, but torch finds no GPU; use cpu or auto, or install the cuda variant")
+        if self.seed < 0:
+            yield Complaint("seed", f"is {self.seed}; use a number >= 0")
+        if not self.timeout_minutes > 0:
+            yield Complaint("timeout_minutes", f"is {self.timeout_minutes}; use a number of minutes > 0")
+        yield from _check_writable(Path(self.dir))
+
+
+def _check_writable(folder: Path) -> Iterator[Complaint]:
+    existing = next((p for p in (folder, *folder.parents) if p.exists()), Path("."))
+    if not existing.is_dir():
+        yield Complaint("dir", f"is '{folder}', but '{existing}' is a file; name a folder")
+    elif not os.access(existing, os.W_OK):
+        yield Complaint("dir", f"is '{folder}', but '{existing}' is not writable; choose another folder")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process of the job.
+
+    Attributes:
+        group: the default process group: NCCL on CUDA, gloo on CPU.
+        control: a gloo group for host-side values (metrics, verdicts), so that they never wait for a GPU stream.
+    """
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    group: dist.ProcessGroup
+    control: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes files and prints."""
+        return self.rank == 0
+
+    def broadcast(self, value):
+        """Rank 0's `value` on every rank (any picklable object)."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def all_true(self, flag: torch.Tensor) -> bool:
+        """Whether `flag` (a 0-d bool tensor on the device) holds on every rank; one small all-reduce."""
+        if self.world_size == 1:
+            return bool(flag)
+        failed = (~flag).to(torch.int32)
+        dist.all_reduce(failed, group=self.group)
+        return failed.item() == 0
+
+
+def rank_from_environment() -> int:
+    """This process's rank as the launcher says it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def process(settings: RunSettings) -> Iterator[Runtime]:
+    """The process groups of the job: torchrun's environment where there is one, a single rank otherwise."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    cuda = settings.device_type == "cuda"
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    store: dict = {}
+    if "MASTER_ADDR" not in os.environ:  # no launcher: a store of our own needs no port
+        store = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    timeout = timedelta(minutes=settings.timeout_minutes)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **store)
+    try:
+        assert dist.group.WORLD is not None
+        yield Runtime(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+            device=device,
+            group=dist.group.WORLD,
+            control=dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD,
+        )
+    finally:
+        dist.destroy_process_group()
