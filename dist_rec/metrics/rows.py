@@ -137,15 +137,14 @@ class RowStore:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces this store's rows by those of `state`.
+        """Adds the rows of `state`; of several, when this rank takes over those of more than one earlier rank.
 
-        A state that lacks a group, because the settings of the metrics changed since, cannot be used: the store
-        starts empty, with a warning.
+        A state that lacks a group, because the settings of the metrics changed since, cannot be used: its rows are
+        left out, with a warning.
 
         Raises:
             ValueError: if the state has another number of labels.
         """
-        self.clear()
         if state["values"].shape[1] != 2 * self._num_labels + 1:
             saved = (state["values"].shape[1] - 1) // 2
             raise ValueError(
@@ -154,7 +153,7 @@ class RowStore:
             )
         missing = [name for name in self._group_names if f"group.{name}" not in state]
         if missing:
-            _log.warning("saved metric rows lack the group '%s'; the metrics' window starts empty", missing[0])
+            _log.warning("saved metric rows lack the group '%s'; the window of the metrics fills anew", missing[0])
             return
         columns = [state[f"group.{name}"] for name in self._group_names]
         groups = torch.stack(columns, dim=1) if columns else self._empty(len(state["values"])).groups

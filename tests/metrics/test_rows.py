@@ -130,13 +130,24 @@ def test_checkpoint_continues_the_window_exactly(tmp_path: object) -> None:
         store.append(step(number, padding=number))
     torch.save(store.state(), f"{tmp_path}/rows.pt")
     resumed = make_store(3 * BATCH - 1)
-    resumed.append(step(99))  # must be replaced
     resumed.load_state(torch.load(f"{tmp_path}/rows.pt", weights_only=True))
     assert_same(resumed.rows(), store.rows())
     for number in range(4, 7):
         store.append(step(number))
         resumed.append(step(number))
         assert_same(resumed.rows(), store.rows())
+
+
+def test_one_rank_takes_over_the_rows_of_two() -> None:
+    parts, expected, resumed = [make_store(), make_store()], make_store(), make_store(window_rows=2 * BATCH)
+    for number in range(2):
+        expected.append(step(number))
+        for rank, part in enumerate(parts):
+            part.append(share(step(number), rank, 2))
+    for part in parts:
+        resumed.load_state(part.state())
+    wanted = compute(expected.rows(), SCHEMA, CONFIG)
+    assert compute(resumed.rows(), SCHEMA, CONFIG) == pytest.approx(wanted, rel=1e-12, nan_ok=True)
 
 
 def test_empty_state_round_trip() -> None:
