@@ -102,6 +102,7 @@ class Loader:
         self._schema = schema
         self._rank = rank
         self._config = config
+        self._shuffled = shuffle
         self._pin = pin_memory
         self._transform = transform
         self._groups = [
@@ -140,6 +141,17 @@ class Loader:
     def epoch_of(self, batch: int) -> int:
         """The epoch of the batch-th batch since this loader's start."""
         return self._course.at(batch)[0].epoch
+
+    def examples(self, batches_finished: int) -> int:
+        """Rows dealt to all ranks together since the first epoch began, when that many batches are finished."""
+        return self._course.rows_before(batches_finished)
+
+    def describe(self) -> str:
+        """In words, what is read and how much memory the rows in flight take."""
+        total, config = sum(group.rows for group in self._groups), self._config
+        buffer = f"shuffle buffer {config.shuffle_rows:,} rows" if self._shuffled else "no shuffle"
+        memory = block_megabytes(self._schema, self._course.at(0)[0].block_rows)
+        return f"data: {total:,} rows in {len(self._groups):,} row groups; {buffer}, about {memory:,.0f} MB per rank"
 
     def cursor(self, batches_finished: int) -> dict[str, Any]:
         """JSON-able, the same on every rank: where to go on after that many batches since this loader's start."""

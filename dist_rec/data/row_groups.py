@@ -287,6 +287,14 @@ class Course:
         later, batch = divmod(batch - self._start.num_batches, self._fresh.num_batches)
         return replace(self._fresh, epoch=self._start.epoch + 1 + later), batch
 
+    def rows_before(self, batch: int) -> int:
+        """Rows of all ranks together from the start of epoch 0 to before the batch-th batch of this run; no padding."""
+        phase, i = self.at(batch)
+        sizes = [length(phase.rank_slice(rank)) for rank in range(phase.world_size)]
+        total = int(self.sizes.sum())
+        in_phase = sum(min(i * phase.batch_size, size) for size in sizes)
+        return phase.epoch * total + total - length(phase.sequence) + in_phase
+
     def phases(self) -> Iterator[tuple[Phase, int]]:
         """The phases to read, in order, each with the batch to begin with."""
         phase, batch = self._start, self._skip

@@ -87,6 +87,9 @@ class Runtime:
         return failed.item() == 0
 
 
+_LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+
+
 def rank_from_environment() -> int:
     """This process's rank as the launcher says it; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
@@ -94,28 +97,26 @@ def rank_from_environment() -> int:
 
 @contextmanager
 def process(settings: RunSettings) -> Iterator[Runtime]:
-    """The process groups of the job: torchrun's environment where there is one, a single rank otherwise."""
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
+    """The process groups of the job: torchrun's environment where there is one, a single rank otherwise.
+
+    A default process group that exists already (a notebook's, a test's) is used and left as it was.
+    """
     cuda = settings.device_type == "cuda"
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank, local_world_size = (int(os.environ.get(name, value)) for name, value in _LOCAL)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    store: dict = {}
-    if "MASTER_ADDR" not in os.environ:  # no launcher: a store of our own needs no port
-        store = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     timeout = timedelta(minutes=settings.timeout_minutes)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **store)
+    ours = not dist.is_initialized()
+    if ours:
+        # without a launcher a store of our own needs no port
+        alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **alone)
     try:
-        assert dist.group.WORLD is not None
-        yield Runtime(
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
-            device=device,
-            group=dist.group.WORLD,
-            control=dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD,
-        )
+        group = dist.group.WORLD
+        assert group is not None
+        control = dist.new_group(backend="gloo", timeout=timeout) if cuda else group
+        yield Runtime(dist.get_rank(), dist.get_world_size(), local_world_size, device, group, control)
     finally:
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()

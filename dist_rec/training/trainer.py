@@ -186,7 +186,7 @@ class Trainer:
             self._report_pipelined()
         self.window.append(output)
         self.progress.step += 1
-        self.progress.examples = self.loader.rows_finished(self._batches_finished)
+        self.reporter.advance(self.progress.step)
 
     @property
     def _batches_finished(self) -> int:
@@ -209,6 +209,7 @@ class Trainer:
 
     def _report(self) -> None:
         p, metrics = self.progress, self.window_metrics()
+        p.examples = self.loader.examples(self._batches_finished)
         self.reporter.train(p.step, p.examples, metrics, seconds=p.seconds, wait_seconds=p.wait_seconds)
 
     def _validate(self) -> dict[str, float]:
@@ -218,6 +219,7 @@ class Trainer:
         self.pipeline.detach()  # batches in flight stay in the pipeline and are trained on afterwards
         metrics, _ = evaluate(self.model, self.validation(), self.schema, self.metrics, self.runtime)
         self._evaluated = (self.progress.step, metrics)
+        self.progress.examples = self.loader.examples(self._batches_finished)
         self.reporter.evaluation(self.progress.step, self.progress.examples, "validation", metrics)
         self._judge(metrics)
         return metrics
@@ -259,6 +261,7 @@ class Trainer:
         if self._saved_step == step:
             return
         cursor = self.loader.cursor(self._batches_finished)
+        self.progress.examples = self.loader.examples(self._batches_finished)
         meta = {"cursor": cursor, "progress": vars(self.progress).copy(), **self.facts}
         self.checkpointer.save(
             step, self.model, self.optimizer, meta=meta, own=self.window.state(), best_step=self.progress.best_step
