@@ -204,3 +204,19 @@ def test_ranks_together_equal_one_rank(world_size: int) -> None:
             assert first[name][key] == pytest.approx(value, rel=1e-12, nan_ok=True), f"{name} {key}"
         assert np.isfinite(expected["click/auc"])
         assert all(other[name] is None for other in others)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_on_a_gpu_equal_those_on_the_host() -> None:
+    host, device = make_store(3 * BATCH), make_store(3 * BATCH)
+    for number in range(5):
+        output = step(number, padding=number)
+        host.append(output)
+        groups = {name: x.cuda() for name, x in output.groups.items()}
+        device.append(
+            StepOutput(output.predictions.cuda(), output.labels.cuda(), output.weights.cuda(), groups, losses={})
+        )
+    assert_same(device.rows(), host.rows())
+    for name, saved in device.state().items():
+        assert torch.equal(saved, host.state()[name]), name

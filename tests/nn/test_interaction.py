@@ -69,3 +69,21 @@ def test_exports() -> None:
     x = torch.randn(3, 4, 2)
     program = torch.export.export(DotInteraction(4), (x,))
     torch.testing.assert_close(program.module()(x), plain(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_with_and_without_autocast() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 27, 16, requires_grad=True)
+    (exact,) = torch.autograd.grad(plain(x).square().sum(), x)
+    on_gpu = x.detach().cuda().requires_grad_()
+    module = DotInteraction(27).cuda()
+    (grad,) = torch.autograd.grad(module(on_gpu).square().sum(), on_gpu)
+    torch.testing.assert_close(grad.cpu(), exact, rtol=1e-4, atol=1e-3)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = module(on_gpu)
+    assert out.dtype == torch.bfloat16
+    (narrow,) = torch.autograd.grad(out.float().square().sum(), on_gpu)
+    assert narrow.dtype == torch.float32
+    assert (narrow.cpu() - exact).norm() / exact.norm() < 0.02
