@@ -132,7 +132,9 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise ConfigError([Complaint("base", f"of {path} leads back to itself; remove the circle")])
     if not path.is_file():
         known = sorted(str(p) for p in Path("configs").rglob("*.yaml"))
-        raise ConfigError([Complaint(str(path), "does not exist" + (f"; configs: {', '.join(known)}" if known else ""))])
+        raise ConfigError(
+            [Complaint(str(path), "does not exist" + (f"; configs: {', '.join(known)}" if known else ""))]
+        )
     try:
         config = OmegaConf.load(path)
     except yaml.YAMLError as error:
@@ -150,7 +152,9 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> DictConfig:
 def _read_overrides(overrides: Sequence[str]) -> DictConfig:
     bad = [o for o in overrides if "=" not in o or o.startswith("-")]
     if bad:
-        raise ConfigError([Complaint(o, "is not an override; write key=value, for example train.steps=100") for o in bad])
+        raise ConfigError(
+            [Complaint(o, "is not an override; write key=value, for example train.steps=100") for o in bad]
+        )
     return OmegaConf.from_dotlist(list(overrides))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from dist_rec.recommender import distribute
 from dist_rec.settings import Complaint, ConfigError
 from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError
 from dist_rec.training.evaluation import evaluate
-from dist_rec.training.report import format_table
+from dist_rec.training.report import format_table, to_json
 from dist_rec.training.runtime import Runtime, process
 
 USAGE = """usage: dist-rec evaluate CONFIG [key=value ...]
@@ -46,7 +45,8 @@ def run(config: RunConfig) -> dict[str, Any]:
 def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     split, folder = config.evaluate.split, Path(config.run.dir)
     if getattr(config.data, split) is None:
-        raise ConfigError([Complaint(f"data.{split}", f"is empty; set it, or choose another evaluate.split than {split}")])
+        text = f"is empty; set it, or choose another evaluate.split than {split}"
+        raise ConfigError([Complaint(f"data.{split}", text)])
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, runtime)
     checkpoint = _choose(checkpointer, config.evaluate.step)
     data = JobData(config, runtime, splits=(split,))
@@ -57,7 +57,7 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     metrics, rows = evaluate(parts.model, loader, config.schema, config.metrics, runtime, groups)
     result = {"step": checkpoint.step, "split": split, "metrics": metrics}
     if rows is not None:
-        (folder / f"evaluation-{split}.json").write_text(json.dumps(result, indent=1))
+        (folder / f"evaluation-{split}.json").write_text(to_json(result, indent=1))
         print(f"step {checkpoint.step}, {checkpoint.path}")
         print(format_table({split: metrics}))
         if config.evaluate.predictions:

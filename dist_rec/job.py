@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,19 +37,35 @@ def run_entry(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | N
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         raise SystemExit(0 if arguments else 2)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("dist_rec").setLevel(logging.INFO)
+    quiet_libraries()
     try:
         record(main)(arguments)
     except USER_ERRORS as error:
         rank = rank_from_environment()
-        # what is wrong with a config is wrong on every rank: saying it once is enough
-        raise SystemExit(1 if rank and isinstance(error, ConfigError) else f"error: {error}") from None
+        # most of these are raised on every rank: rank 0 says them, the others leave in silence
+        own = isinstance(error, DataError) and not isinstance(error, DataSetError)
+        raise SystemExit(f"error: {error}" if own or not rank else 1) from None
+
+
+def quiet_libraries() -> None:
+    """Shows this package's messages, and of the libraries those a user of it can act on."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("dist_rec").setLevel(logging.INFO)
+    for name in ("torchrec", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # advice to callers of APIs that TorchRec calls, not we
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message=".*autograd kernel was not registered.*")
 
 
 def load_config(arguments: Sequence[str]) -> RunConfig:
     """The config of `CONFIG [key=value ...]`."""
     return load(arguments[0], arguments[1:])
+
+
+class DataSetError(DataError):
+    """What rank 0 found wrong with the files, raised on every rank."""
 
 
 class JobData:
@@ -58,7 +75,7 @@ class JobData:
     one is collective.
 
     Raises:
-        DataError: on every rank, for a split that is missing, empty, damaged or does not fit the schema.
+        DataSetError: on every rank, for a split that is missing, empty, damaged or does not fit the schema.
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime, splits: Sequence[str] = ("train", "validation", "test")):
@@ -69,7 +86,7 @@ class JobData:
             try:
                 answer = _read_splits(config, splits, runtime.world_size)
             except DataError as error:
-                answer = error
+                answer = DataSetError(str(error))
         answer = runtime.broadcast(answer)
         if isinstance(answer, DataError):
             raise answer

@@ -49,13 +49,15 @@ def _cluster(arguments: Sequence[str]) -> tuple[_Cluster, list[str]]:
         elif key in ("ranks", "ranks_per_node") and value.isdigit() and int(value) > 0:
             setattr(cluster, key, int(value))
         elif key in ("device", "ranks", "ranks_per_node"):
-            complaints.append(Complaint(key, f"is '{value}'; expected {'cpu or cuda' if key == 'device' else 'N >= 1'}"))
+            expected = "cpu or cuda" if key == "device" else "a whole number >= 1"
+            complaints.append(Complaint(key, f"is '{value}'; expected {expected}"))
         else:
             rest.append(argument)
     if complaints:
         raise ConfigError(complaints)
     if cluster.ranks % min(cluster.ranks, cluster.ranks_per_node):
-        raise ConfigError([Complaint("ranks", f"is {cluster.ranks}, not a multiple of {cluster.ranks_per_node} a node")])
+        text = f"is {cluster.ranks}, which is no multiple of ranks_per_node, {cluster.ranks_per_node}"
+        raise ConfigError([Complaint("ranks", text)])
     return cluster, rest
 
 

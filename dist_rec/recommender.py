@@ -97,16 +97,17 @@ class Distributed:
     plan: ShardingPlan
 
 
-def distribute(config: RunConfig, runtime: Runtime) -> Distributed:
-    """Builds the model, plans and shards its tables, and gives every parameter its optimiser. Collective."""
+def distribute(config: RunConfig, runtime: Runtime, saved: Mapping[str, str] | None = None) -> Distributed:
+    """Builds the model, plans and shards its tables, and gives every parameter its optimiser. Collective.
+
+    saved: table name -> sharding type of the checkpoint that will be loaded into it.
+    """
     model, tables = build(config)
     plan = plan_tables(
-        config, model, tables, runtime.device.type, runtime.world_size, runtime.local_world_size, runtime.group
+        config, model, tables, runtime.device.type, runtime.world_size, runtime.local_world_size, runtime.group, saved
     )
     fuse_table_optimizer(model.embeddings.collection.parameters(), config.optim.tables)
-    sharded = sharding.shard(
-        model, plan, runtime.device, runtime.group, tables=tables, seed=config.run.seed
-    )
+    sharded = sharding.shard(model, plan, runtime.device, runtime.group, tables=tables, seed=config.run.seed)
     # from here on random numbers (dropout) are the rank's own
     torch.manual_seed(config.run.seed + 1 + runtime.rank)
     return Distributed(sharded, StepOptimizer(sharded, config.optim), tables, plan)
@@ -120,6 +121,7 @@ def plan_tables(
     world_size: int,
     local_world_size: int,
     process_group: dist.ProcessGroup | None = None,
+    saved: Mapping[str, str] | None = None,
 ) -> ShardingPlan:
     """The sharding plan of `model` for `world_size` ranks; without a process group it is made offline."""
     return sharding.make_plan(
@@ -131,4 +133,5 @@ def plan_tables(
         local_world_size=local_world_size,
         batch_size=config.data.batch_size,
         process_group=process_group,
+        saved=saved,
     )

@@ -17,7 +17,7 @@ COMPONENT = "component"
 
 
 class Complaint(NamedTuple):
-    """One thing wrong with a setting: its key (relative to who complains) and a sentence that says what and how to fix."""
+    """One thing wrong with a setting: its key, relative to who complains, and what is wrong and how to mend it."""
 
     key: str
     text: str

@@ -55,12 +55,12 @@ class _Training:
                 "choose another run.dir, or set checkpoint.resume=auto to go on from there"
             )
         self.data = JobData(config, runtime)
-        self.parts = distribute(config, runtime)
-        cursor = None
+        saved, cursor = None, None
         if self.checkpoint is not None:
-            saved, planned = self.checkpoint.meta["plan"], sharding_types(self.parts.plan)
-            check_reshardable(saved, planned, config.optim.tables.name)
-            cursor = self.checkpoint.meta["cursor"]
+            saved, cursor = self.checkpoint.meta["plan"], self.checkpoint.meta["cursor"]
+        self.parts = distribute(config, runtime, saved)
+        if saved is not None:
+            check_reshardable(saved, sharding_types(self.parts.plan), config.optim.tables.name)
         self.loader = self.data.train(cursor)
 
     def run(self) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class Numbers(NamedTuple):
         work = np.empty(len(out), np.float64) if is_wide else out
         self.finite(array, column.on_null, column.fill, work)
         if column.transform == "log1p":
-            np.copysign(np.log1p(np.abs(work)), work, out=work)
+            _signed_log1p(work)
         if column.mean != 0:
             work -= column.mean
         if column.std != 1:
@@ -185,6 +185,14 @@ class Numbers(NamedTuple):
 
     def _who(self) -> str:
         return f"column '{self.name}' ({self.kind})"
+
+
+def _signed_log1p(work: np.ndarray) -> None:
+    """sign(x) * ln(1 + |x|), in place."""
+    if len(work) and work.min() >= 0:  # counts mostly are, and need no temporary arrays
+        np.log1p(work, out=work)
+    else:
+        np.copysign(np.log1p(np.abs(work)), work, out=work)
 
 
 def _copied(bags: Ragged, dtype: np.dtype) -> Ragged:

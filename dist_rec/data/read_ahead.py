@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -15,8 +15,6 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-
-_KEPT = 2  # decoded row groups kept after use: a block often begins in the one in which the last block ended
 
 
 class Closed(Exception):
@@ -114,7 +112,7 @@ class DaemonPool:
 
 
 class RowGroupCache(Generic[T]):
-    """Row groups in memory: those in use, the next `ahead` of the plan being decoded, and the last few used.
+    """Row groups in memory: the last one asked for and the next `ahead` of the plan, being decoded or ready.
 
     plan: the row groups in the order in which they will mostly be asked for; an order that differs costs time only.
     """
@@ -127,17 +125,12 @@ class RowGroupCache(Generic[T]):
         self._ahead = ahead
         self._at = 0
         self._decoded: dict[int, Future[T]] = {}
-        self._used: OrderedDict[int, None] = OrderedDict()
 
     def get(self, group: int) -> T:
         """The decoded row group, at once if it was read ahead. Raises what decoding it raised."""
         self._at = max(self._at, self._place[group])
-        self._used[group] = None
-        self._used.move_to_end(group)
-        while len(self._used) > _KEPT:
-            self._used.popitem(last=False)
-        wanted = {group: None, **dict.fromkeys(self._plan[self._at : self._at + 1 + self._ahead])}
-        for old in [g for g in self._decoded if g not in wanted and g not in self._used]:
+        wanted = dict.fromkeys([group, *self._plan[self._at : self._at + 1 + self._ahead]])
+        for old in [g for g in self._decoded if g not in wanted]:
             self._decoded.pop(old).cancel()
         for new in wanted:
             if new not in self._decoded:

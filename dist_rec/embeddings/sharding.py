@@ -1,11 +1,11 @@
-"""Which rank holds which part of which table: the plan, its report, the sharded model, and the tables' initial values."""
+"""Which rank holds which part of which table: the plan, its report, the sharded model, the tables' first values."""
 
 from __future__ import annotations
 
 import logging
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +71,11 @@ def sharders() -> list[ModuleSharder[nn.Module]]:
 
 
 def check_kernels(tables: list[Table], device_type: str) -> Iterator[Complaint]:
-    """A kernel that keeps rows in host memory for a GPU needs one."""
+    """What FBGEMM's kernels ask of a table on each device."""
     for table in tables:
+        if device_type == "cuda" and table.dim % 4:
+            text = f"is {table.dim} for table '{table.name}'; FBGEMM's CUDA kernels need a multiple of 4"
+            yield Complaint("dim", text)
         if device_type == "cpu" and table.kernel not in ("auto", "fused"):
             text = f"is {table.kernel} for table '{table.name}', which needs a GPU; on CPU use auto or fused"
             yield Complaint("kernel", text)
@@ -101,10 +104,15 @@ def make_plan(
     local_world_size: int,
     batch_size: int,
     process_group: dist.ProcessGroup | None = None,
+    saved: Mapping[str, str] | None = None,
 ) -> ShardingPlan:
     """TorchRec's plan for `model`, whose tables may be on the meta device.
 
     With a process group the plan of rank 0 is used by all ranks; without one this runs offline for any world size.
+
+    Args:
+        saved: table name -> sharding type of the checkpoint that will be loaded. A table that the planner may place
+            freely then stays replicated or sharded as it was, because its optimiser state cannot change between them.
 
     Raises:
         PlanError: no placement fits, with the largest table, the bytes needed and available, and what would help.
@@ -116,20 +124,39 @@ def make_plan(
         hbm_cap=_bytes(config.device_memory_gb),
         ddr_cap=_bytes(config.host_memory_gb),
     )
-    constraints = {t.name: _constraints(t, config, device_type, batch_size) for t in tables}
+    allowed = {t.name: _allowed(t, (saved or {}).get(t.name)) for t in tables}
+    constraints = {t.name: _constraints(t, allowed[t.name], config, device_type, batch_size) for t in tables}
     planner = EmbeddingShardingPlanner(
         topology=topology, batch_size=batch_size, constraints=constraints, debug=False, stats=[]
     )
-    logging.getLogger("torchrec.distributed.planner").setLevel(logging.WARNING)
+    logging.getLogger().addFilter(_is_of_use)
     try:
         if process_group is None:
             return planner.plan(model, sharders())
         return planner.collective_plan(model, sharders(), process_group)
     except PlannerError as error:
         raise PlanError(_explain(error, tables, topology, device_type)) from error
+    finally:
+        logging.getLogger().removeFilter(_is_of_use)
 
 
-def _constraints(table: Table, config: ShardingConfig, device_type: str, batch_size: int) -> ParameterConstraints:
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """TorchRec warns on the root logger of every data-parallel table, which by design has no sharding spec."""
+    return not record.getMessage().startswith("Sharding spec not found")
+
+
+def _allowed(table: Table, saved: str | None) -> list[str]:
+    if table.sharding != "auto":
+        return [table.sharding]
+    if saved is None:
+        return _AUTO
+    replicated = ShardingType.DATA_PARALLEL.value
+    return [replicated] if saved == replicated else [kind for kind in _AUTO if kind != replicated]
+
+
+def _constraints(
+    table: Table, allowed: list[str], config: ShardingConfig, device_type: str, batch_size: int
+) -> ParameterConstraints:
     if table.sharding == "data_parallel":
         kernels = [EmbeddingComputeKernel.DENSE.value]
     elif table.kernel == "auto":
@@ -139,7 +166,7 @@ def _constraints(table: Table, config: ShardingConfig, device_type: str, batch_s
     else:
         kernels = [table.kernel]
     return ParameterConstraints(
-        sharding_types=_AUTO if table.sharding == "auto" else [table.sharding],
+        sharding_types=allowed,
         compute_kernels=kernels,
         min_partition=config.min_columns,
         pooling_factors=list(table.mean_lengths),

@@ -194,9 +194,7 @@ def _dense(parameters: list[Tensor], config: DenseOptimizer) -> torch.optim.Opti
     if config.name == "adagrad":
         return torch.optim.Adagrad(parameters, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay)
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay, betas=betas
-    )
+    return torch.optim.AdamW(parameters, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay, betas=betas)
 
 
 def _check_owners(names: Iterable[str], owners: list[Mapping[str, Any]]) -> None:

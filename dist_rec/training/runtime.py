@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,8 +48,13 @@ def _check_writable(folder: Path) -> Iterator[Complaint]:
     existing = next((p for p in (folder, *folder.parents) if p.exists()), Path("."))
     if not existing.is_dir():
         yield Complaint("dir", f"is '{folder}', but '{existing}' is a file; name a folder")
-    elif not os.access(existing, os.W_OK):
-        yield Complaint("dir", f"is '{folder}', but '{existing}' is not writable; choose another folder")
+        return
+    try:  # asking for permissions would not do: root has them all, and a full or read-only disk refuses root too
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"0")
+    except OSError as error:
+        text = f"is '{folder}', but '{existing}' cannot be written ({error.strerror}); choose another folder"
+        yield Complaint("dir", text)
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,7 @@ class Trainer:
         )
         self.pipeline = GuardedPipeline(self.model, self.optimizer, self.runtime)
         self._first_step = self.progress.step
+        self._batches: Iterator | None = None
         self._saved_step: int | None = None
         self._evaluated: tuple[int, dict[str, float]] | None = None
 
@@ -162,18 +163,22 @@ class Trainer:
         Raises:
             TrainingStopped: the loss or a gradient became NaN or infinite.
         """
+        self.run_to(self.total_steps)
+        self.pipeline.detach()
+        return self._finish()
+
+    def run_to(self, step: int) -> None:
+        """Trains until `step` steps are done, or until early stopping says that it is enough."""
         self.model.train()
-        batches = iter(self.loader)
+        self._batches = self._batches or iter(self.loader)
         started, waited = time.perf_counter(), self.loader.wait_seconds
-        while self.progress.step < self.total_steps and not self._should_stop():
-            self._advance(batches)
+        while self.progress.step < step and not self._should_stop():
+            self._advance(self._batches)
             now, wait = time.perf_counter(), self.loader.wait_seconds
             self.progress.seconds += now - started
             self.progress.wait_seconds += wait - waited
             self._after_step()
             started, waited = time.perf_counter(), self.loader.wait_seconds
-        self.pipeline.detach()
-        return self._finish()
 
     def _advance(self, batches: Iterator) -> None:
         step = self.progress.step

@@ -121,5 +121,5 @@ def test_losses_and_updates_equal_unsharded_torch(world_size):
 
 def test_the_collection_is_pipelined():
     results = run_ranks(_sharded, 2, [(MIXED_ROWS, "mean", "sgd")])
-    for (*_, (inside, every)),  in results:
+    for ((*_, (inside, every)),) in results:
         assert every and inside == every
