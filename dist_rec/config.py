@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -67,7 +67,7 @@ class RunConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def check(self) -> Iterator[Complaint]:
-        """Every component's complaints, and those about what does not go together; a section that is None is skipped."""
+        """Every component's complaints, and those about what does not go together; sections that are None are skipped."""
         for key in ("run", "schema", "data", "sharding", "checkpoint", "report"):
             if getattr(self, key) is not None:
                 yield from gather(key, getattr(self, key).check())

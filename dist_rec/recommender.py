@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ class DensePart(nn.Module):
 
     def __init__(self, arch: nn.Module, objective: nn.Module, auxiliaries: Mapping[str, nn.Module], precision: str):
         super().__init__()
-        self.arch = arch
+        self.arch: Any = arch
         self.objective = objective
         self.auxiliaries = nn.ModuleDict(auxiliaries)
         self._precision = precision

@@ -208,7 +208,7 @@ def describe(plan: ShardingPlan, tables: list[Table]) -> str:
     rows = [("table", "rows", "width", "pooling", "sharding", "kernel", "ranks", "MiB")]
     per_rank: dict[int, float] = {}
     for _, module_plan in plan.plan.items():
-        for name, sharding in module_plan.items():  # type: ignore[attr-defined]
+        for name, sharding in module_plan.items():
             table, ranks = by_name[name], sharding.ranks or []
             shards = sharding.sharding_spec.shards if sharding.sharding_spec is not None else []
             for shard in shards:
@@ -236,7 +236,7 @@ def _ranges(ranks: list[int]) -> str:
 
 def sharding_types(plan: ShardingPlan) -> dict[str, str]:
     """table name -> its sharding type in the plan."""
-    return {name: s.sharding_type for p in plan.plan.values() for name, s in p.items()}  # type: ignore[attr-defined]
+    return {name: s.sharding_type for p in plan.plan.values() for name, s in p.items()}
 
 
 def shard(

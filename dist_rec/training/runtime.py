@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -78,7 +78,7 @@ class Runtime:
         """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
-    def broadcast(self, value):
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` on every rank (any picklable object)."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
@@ -115,9 +115,11 @@ def process(settings: RunSettings) -> Iterator[Runtime]:
     timeout = timedelta(minutes=settings.timeout_minutes)
     ours = not dist.is_initialized()
     if ours:
-        # without a launcher a store of our own needs no port
-        alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **alone)
+        backend = "nccl" if cuda else "gloo"
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:  # no launcher: a store of our own needs no port
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     try:
         group = dist.group.WORLD
         assert group is not None

@@ -83,7 +83,7 @@ class GuardedPipeline(TrainPipelineSparseDist):
     """
 
     def __init__(self, model: DistributedModelParallel, optimizer: StepOptimizer, runtime: Runtime) -> None:
-        super().__init__(model, optimizer, runtime.device, execute_all_batches=True)  # type: ignore[arg-type]
+        super().__init__(model, optimizer, runtime.device, execute_all_batches=True)
         self._runtime = runtime
 
     def _backward(self, losses: Tensor) -> None:
