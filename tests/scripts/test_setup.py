@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ case "$*" in
   *"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python && echo venv >>asked ;;
   *"-m pip"*)
     echo "$*" | sed 's/.*--disable-pip-version-check//' >>asked
+    sleep "${{PIP_SLEEPS:-0}}"
     if [ -n "$PIP_FAILS" ] && [[ "$*" =~ $PIP_FAILS ]]; then echo "$PIP_SAYS"; exit 1; fi ;;
   *"import torch"*) ;;
   *) exec {sys.executable} "$@" ;;
@@ -136,6 +138,14 @@ def test_a_half_built_environment_is_built_anew(folder: Path) -> None:
     asked(folder)
     assert setup(folder, "cpu").returncode == 0
     assert asked(folder)[0] == "venv"
+
+
+def test_of_two_set_ups_at_once_one_builds_and_the_other_waits(folder: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda _: setup(folder, "cpu", PIP_SLEEPS="0.5"), range(2)))
+    assert [done.returncode for done in both] == [0, 0], both
+    assert sorted("another set-up is at work" in done.stderr for done in both) == [False, True]
+    assert asked(folder).count("venv") == 1
 
 
 def test_the_cpu_wheel_is_looked_for_in_three_places(folder: Path) -> None:
