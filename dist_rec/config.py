@@ -66,19 +66,25 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
-    def check(self) -> Iterator[Complaint]:
-        """Every component's complaints, and those about what does not go together; sections that are None are skipped."""
-        for key in ("run", "schema", "data", "sharding", "checkpoint", "report"):
+    def check(self, device_type: str | None = None) -> Iterator[Complaint]:
+        """Every component's complaints, and those about what does not go together; None sections are skipped.
+
+        device_type: what will train, if it is not this machine (a plan for a cluster, made on a laptop).
+        """
+        if self.run and device_type is None:
+            yield from gather("run", self.run.check())
+        device = device_type or (self.run.device_type if self.run else "cpu")
+        for key in ("schema", "data", "sharding", "checkpoint", "report"):
             if getattr(self, key) is not None:
                 yield from gather(key, getattr(self, key).check())
-        if self.optim and self.run:
-            yield from gather("optim", self.optim.check(self.run.device_type))
+        if self.optim:
+            yield from gather("optim", self.optim.check(device))
         if self.train and self.data:
             yield from gather("train", self.train.check(has_validation=self.data.validation is not None))
         if self.schema and not list(self.schema.check()):
-            yield from self._check_with_schema(self.schema)
+            yield from self._check_with_schema(self.schema, device)
 
-    def _check_with_schema(self, schema: Schema) -> Iterator[Complaint]:
+    def _check_with_schema(self, schema: Schema, device: str) -> Iterator[Complaint]:
         if self.metrics:
             yield from gather("metrics", self.metrics.check(schema))
         parts = {"model": self.model, "objective": self.objective}
@@ -92,24 +98,23 @@ class RunConfig:
             tables = make_tables(sets, schema, self.embeddings)
             if self.optim:
                 yield from gather("embeddings", check_splittable(tables, self.optim.tables.name))
-            if self.run:
-                yield from gather("embeddings", check_kernels(tables, self.run.device_type))
+            yield from gather("embeddings", check_kernels(tables, device))
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config in file `path` with `key=value` overrides, checked.
+def load(path: str, overrides: Sequence[str] = (), device_type: str | None = None) -> RunConfig:
+    """The config in file `path` with `key=value` overrides, checked for this machine or for `device_type`.
 
     Raises:
         ConfigError: with every complaint, each with its full key and the fix.
     """
-    return from_mapping(read(path, overrides))
+    return from_mapping(read(path, overrides), device_type)
 
 
-def from_mapping(values: dict[str, Any]) -> RunConfig:
+def from_mapping(values: dict[str, Any], device_type: str | None = None) -> RunConfig:
     """A checked `RunConfig` from a nested mapping; raises like `load`."""
     complaints: list[Complaint] = []
     config = parse(RunConfig, values, complaints)
-    complaints += config.check()
+    complaints += config.check(device_type)
     if complaints:
         raise ConfigError(complaints)
     return config

@@ -10,6 +10,7 @@ from dist_rec.embeddings.sharding import describe
 from dist_rec.job import run_entry
 from dist_rec.recommender import build, plan_tables
 from dist_rec.settings import Complaint, ConfigError
+from dist_rec.training.optim import fuse_table_optimizer
 
 USAGE = """usage: dist-rec plan CONFIG [ranks=N] [ranks_per_node=N] [device=cpu|cuda] [key=value ...]
 
@@ -33,8 +34,9 @@ class _Cluster:
 
 def _main(arguments: Sequence[str]) -> None:
     cluster, overrides = _cluster(arguments[1:])
-    config = load(arguments[0], overrides)
+    config = load(arguments[0], overrides, cluster.device)
     model, tables = build(config)
+    fuse_table_optimizer(model.embeddings.collection.parameters(), config.optim.tables)
     per_node = min(cluster.ranks, cluster.ranks_per_node)
     plan = plan_tables(config, model, tables, cluster.device, cluster.ranks, per_node)
     print(describe(plan, tables))

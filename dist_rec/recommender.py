@@ -104,10 +104,10 @@ def distribute(config: RunConfig, runtime: Runtime, saved: Mapping[str, str] | N
     saved: table name -> sharding type of the checkpoint that will be loaded into it.
     """
     model, tables = build(config)
+    fuse_table_optimizer(model.embeddings.collection.parameters(), config.optim.tables)
     plan = plan_tables(
         config, model, tables, runtime.device.type, runtime.world_size, runtime.local_world_size, runtime.group, saved
     )
-    fuse_table_optimizer(model.embeddings.collection.parameters(), config.optim.tables)
     sharded = sharding.shard(model, plan, runtime.device, runtime.group, tables=tables, seed=config.run.seed)
     # from here on random numbers (dropout) are the rank's own
     torch.manual_seed(config.run.seed + 1 + runtime.rank)
@@ -124,7 +124,10 @@ def plan_tables(
     process_group: dist.ProcessGroup | None = None,
     saved: Mapping[str, str] | None = None,
 ) -> ShardingPlan:
-    """The sharding plan of `model` for `world_size` ranks; without a process group it is made offline."""
+    """The sharding plan of `model` for `world_size` ranks; without a process group it is made offline.
+
+    Fuse the table optimiser first: the planner then counts its state.
+    """
     return sharding.make_plan(
         model,
         tables,

@@ -72,10 +72,11 @@ def sharders() -> list[ModuleSharder[nn.Module]]:
 
 def check_kernels(tables: list[Table], device_type: str) -> Iterator[Complaint]:
     """What FBGEMM's kernels ask of a table on each device."""
+    odd = [t for t in tables if t.dim % 4]
+    if device_type == "cuda" and odd:
+        text = f"is {odd[0].dim} for {len(odd)} table(s), {odd[0].name} among them"
+        yield Complaint("dim", f"{text}; FBGEMM's CUDA kernels need a multiple of 4")
     for table in tables:
-        if device_type == "cuda" and table.dim % 4:
-            text = f"is {table.dim} for table '{table.name}'; FBGEMM's CUDA kernels need a multiple of 4"
-            yield Complaint("dim", text)
         if device_type == "cpu" and table.kernel not in ("auto", "fused"):
             text = f"is {table.kernel} for table '{table.name}', which needs a GPU; on CPU use auto or fused"
             yield Complaint("kernel", text)
