@@ -129,6 +129,10 @@ class _Training:
                 self.parts.model, test(), self.config.schema, self.config.metrics, self.runtime
             )
             reporter.evaluation(p.step, p.examples, "test", splits["test"])
+        policies = self.data.counts(self.loader)
+        if policies:
+            listing = ", ".join(f"{key} {count:,}" for key, count in sorted(policies.items()))
+            reporter.line(f"values that a column's policy replaced or dropped in this run: {listing}")
         result = {
             "metrics": splits,
             "step": p.step,
@@ -139,7 +143,7 @@ class _Training:
             "wall_seconds": p.seconds,
             "world_size": self.runtime.world_size,
             "device": self.runtime.device.type,
-            "data_policies": self.data.counts(self.loader),
+            "data_policies": policies,
             "versions": versions.installed(),
         }
         reporter.finish(result)
