@@ -6,6 +6,7 @@ processes: measured, they cost four to five times more per row.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -253,28 +254,33 @@ class _Reader:
     def _run(self) -> None:
         number, counts = 0, PolicyCounts()
         try:
-            for batch in self._batches(counts):
-                if self._transform is not None:
-                    batch = self._transform(batch, number)
-                number += 1
-                self.channel.put((batch, counts.copy()))
-                counts.clear()
+            for block in self._blocks(counts):
+                for batch in block:
+                    ready = batch if self._transform is None else self._transform(batch, number)
+                    number += 1
+                    self.channel.put((ready, counts.copy()))
+                    counts.clear()
+                self.channel.flush()
             self.channel.end()
         except Closed:
             pass  # the consumer stopped early and wants nothing more
         except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
-            self.channel.end(error)
+            self._fail(error)
         finally:
             self._pool.close()
 
-    def _batches(self, counts: PolicyCounts) -> Iterator[Batch]:
+    def _fail(self, error: BaseException) -> None:
+        with contextlib.suppress(Closed):  # nobody is left to be told
+            self.channel.end(error)
+
+    def _blocks(self, counts: PolicyCounts) -> Iterator[Iterator[Batch]]:
         for phase, first in self._course.phases():
             order = self._course.order(phase)
             cache = RowGroupCache(order.touched(phase.rank_slice(self._rank)), self._decode, self._pool, self._ahead)
             try:
                 for block in phase.blocks(self._rank, first):
                     columns = self._read(block, order, cache, counts)
-                    yield from self._builder.batches(columns, len(block.rows), block.order, block.num_batches)
+                    yield self._builder.batches(columns, len(block.rows), block.order, block.num_batches)
             finally:
                 cache.close()
 

@@ -22,24 +22,37 @@ class Closed(Exception):
 
 
 class Channel(Generic[T]):
-    """A first-in first-out queue of at most `size` items from one thread to another, with an end and with errors."""
+    """A first-in first-out queue of at most `size` items from one thread to another, with an end and with errors.
+
+    Items change threads by half the size at a time: waking a reader that is as fast as the writer for each single item
+    cost 0.1 ms per batch.
+    """
 
     def __init__(self, size: int) -> None:
         self._items: deque[T] = deque()
         self._size = size
+        self._chunk = max(size // 2, 1)
+        self._held: list[T] = []  # the writer's own, not yet seen by the reader
         self._changed = threading.Condition()
         self._closed = False
         self._ended = False
         self._error: BaseException | None = None
 
     def put(self, item: T) -> None:
-        """Waits for room; Closed if the reader has closed the channel."""
+        """Adds an item, which the reader sees at the latest at the next `flush`; Closed if the reader has closed."""
+        self._held.append(item)
+        if len(self._held) == self._chunk:
+            self.flush()
+
+    def flush(self) -> None:
+        """Shows the reader all items put so far; waits for room. Closed if the reader has closed the channel."""
         with self._changed:
-            while len(self._items) >= self._size and not self._closed:
+            while len(self._items) + len(self._held) > self._size and not self._closed:
                 self._changed.wait()
             if self._closed:
                 raise Closed
-            self._items.append(item)
+            self._items.extend(self._held)
+            self._held.clear()
             self._changed.notify_all()
 
     def check(self) -> None:
@@ -49,6 +62,7 @@ class Channel(Generic[T]):
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing more will come; `error` is raised in the reader, after the items before it."""
+        self.flush()
         with self._changed:
             self._ended, self._error = True, error
             self._changed.notify_all()
@@ -56,21 +70,26 @@ class Channel(Generic[T]):
     def get(self) -> tuple[T | None, float]:
         """(the next item, None at the end; seconds waited for it). Raises the writer's error, or Closed."""
         with self._changed:
-            seconds = 0.0
-            if not (self._items or self._ended or self._closed):
-                began = time.perf_counter()
-                while not (self._items or self._ended or self._closed):
-                    self._changed.wait()
-                seconds = time.perf_counter() - began
+            seconds = self._wait()
             if self._closed:
                 raise Closed
             if self._items:
                 item = self._items.popleft()
-                self._changed.notify_all()
+                if len(self._items) <= self._size - self._chunk:
+                    self._changed.notify_all()
                 return item, seconds
             if self._error is not None:
                 raise self._error
             return None, seconds
+
+    def _wait(self) -> float:
+        """Seconds until there is something to say to the reader."""
+        if self._items or self._ended or self._closed:
+            return 0.0
+        began = time.perf_counter()
+        while not (self._items or self._ended or self._closed):
+            self._changed.wait()
+        return time.perf_counter() - began
 
     def close(self) -> None:
         """Wakes both sides and drops what is queued."""
