@@ -92,7 +92,9 @@ def _field(field: dataclasses.Field, hint: Any, value: Any, key: str, complaints
         if not isinstance(value, Mapping):
             complaints.append(Complaint(key, f"is {value!r}; expected a mapping from component name to its settings"))
             return _INVALID
-        return {n: _component(choice, n, v or {}, _join(key, n), complaints) for n, v in value.items()}
+        before = len(complaints)
+        parts = {n: _component(choice, n, v or {}, _join(key, n), complaints) for n, v in value.items()}
+        return parts if len(complaints) == before else _INVALID
     if not isinstance(value, Mapping) or "name" not in value:
         complaints.append(Complaint(f"{key}.name", f"is missing; choose one of {', '.join(choice.names())}"))
         return _INVALID

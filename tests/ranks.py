@@ -220,12 +220,12 @@ def _like_a_new_process(environment: dict[str, str], fresh: tuple) -> Iterator[N
 
 
 def _random_state() -> tuple:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - libraries use it
 
 
 def _set_random_state(state: tuple) -> None:
     torch.set_rng_state(state[0])
-    np.random.set_state(state[1])  # noqa: NPY002 - libraries use it
+    np.random.set_state(state[1])  # noqa: NPY002
     random.setstate(state[2])
 
 

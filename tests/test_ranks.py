@@ -87,7 +87,7 @@ def test_a_failure_names_the_rank_and_ends_all_processes(how, message, capsys):
 def test_what_cannot_be_sent_or_returned_says_so():
     with pytest.raises(AttributeError, match="local"):
         run_ranks(lambda rank, world_size: None, 1)
-    with pytest.raises(AssertionError, match="rank 0:(?s:.*)pickle"):
+    with pytest.raises(AssertionError, match=r"rank 0:(?s:.*)pickle"):
         run_ranks(_returns_a_generator, 1)
 
 
