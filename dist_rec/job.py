@@ -34,7 +34,7 @@ def run_entry(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | N
     rank.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(usage)
         raise SystemExit(0 if arguments else 2)
     quiet_libraries()
