@@ -304,7 +304,13 @@ class _Reader:
 
     def _decode(self, group: int) -> pa.Table:
         here = self._groups[group]
-        table = decode(self._open(here.path), here.index, self._schema)
+        try:
+            table = decode(self._open(here.path), here.index, self._schema)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{here.path}: row group {here.index} cannot be read ({' '.join(str(error).split())}); if the storage "
+                "is well, the file is damaged: write it again or remove it"
+            ) from error
         if table.num_rows != here.rows:
             raise DataError(
                 f"{here.path}: row group {here.index} has {table.num_rows} rows, had {here.rows} when the run began; "
