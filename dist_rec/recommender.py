@@ -106,9 +106,19 @@ def distribute(config: RunConfig, runtime: Runtime, saved: Mapping[str, str] | N
     model, tables = build(config)
     fuse_table_optimizer(model.embeddings.collection.parameters(), config.optim.tables)
     plan = plan_tables(
-        config, model, tables, runtime.device.type, runtime.world_size, runtime.local_world_size, runtime.group, saved
+        config,
+        model,
+        tables,
+        runtime.device.type,
+        runtime.world_size,
+        runtime.local_world_size,
+        device_memory=runtime.device_memory,
+        process_group=runtime.group,
+        saved=saved,
     )
-    sharded = sharding.shard(model, plan, runtime.device, runtime.group, tables=tables, seed=config.run.seed)
+    sharded = sharding.shard(
+        model, plan, runtime.device, runtime.group, tables=tables, seed=config.run.seed, threads=runtime.cores
+    )
     # from here on random numbers (dropout) are the rank's own
     torch.manual_seed(config.run.seed + 1 + runtime.rank)
     return Distributed(sharded, StepOptimizer(sharded, config.optim), tables, plan)
@@ -121,6 +131,7 @@ def plan_tables(
     device_type: str,
     world_size: int,
     local_world_size: int,
+    device_memory: int | None = None,
     process_group: dist.ProcessGroup | None = None,
     saved: Mapping[str, str] | None = None,
 ) -> ShardingPlan:
@@ -136,6 +147,7 @@ def plan_tables(
         world_size=world_size,
         local_world_size=local_world_size,
         batch_size=config.data.batch_size,
+        device_memory=device_memory,
         process_group=process_group,
         saved=saved,
     )

@@ -19,6 +19,7 @@ from dist_rec.data.ids import Ragged, ragged_index
 from dist_rec.data.parquet import Columns, id_dtype, is_fixed
 from dist_rec.data.schema import Schema
 
+_TORCH = {np.dtype(t): torch.from_numpy(np.empty(0, t)).dtype for t in (np.float32, np.int32, np.int64)}
 _TRANSPOSE_ROWS = 1024  # a tile of dense columns that stays in the cache while it is turned into rows
 
 
@@ -43,7 +44,7 @@ class BatchBuilder:
         dense = self._dense(columns, rows, order, padded)
         labels = self._empty((padded, len(columns.labels)), np.float32)
         for i, label in enumerate(columns.labels):
-            labels[:, i] = _taken(label, rows, order, padded)
+            labels.numpy()[:, i] = _taken(label, rows, order, padded)
         weights = self._padded(columns.weights, rows, order, padded)
         if rows < padded:
             weights[rows:] = 0
@@ -52,18 +53,19 @@ class BatchBuilder:
         for i in range(num_batches):
             here = slice(i * self._size, (i + 1) * self._size)
             yield Batch(
-                dense=torch.from_numpy(dense[here]),
+                dense=dense[here],
                 sparse=next(sparse),
-                labels=torch.from_numpy(labels[here]),
-                weights=torch.from_numpy(weights[here]),
-                groups={name: torch.from_numpy(group[here]) for name, group in groups.items()},
+                labels=labels[here],
+                weights=weights[here],
+                groups={name: group[here] for name, group in groups.items()},
             )
 
-    def _dense(self, columns: Columns, rows: int, order: np.ndarray | None, padded: int) -> np.ndarray:
-        out = self._empty((padded, len(columns.dense)), np.float32)
+    def _dense(self, columns: Columns, rows: int, order: np.ndarray | None, padded: int) -> Tensor:
+        result = self._empty((padded, len(columns.dense)), np.float32)
+        out = result.numpy()
         out[rows:] = 0
         if not len(columns.dense):
-            return out
+            return result
         # turning into rows first and permuting whole rows is twice as fast as permuting column by column
         by_row = out if order is None else self._reused("dense", (rows, len(columns.dense)), np.float32)
         for start in range(0, rows, _TRANSPOSE_ROWS):
@@ -71,12 +73,12 @@ class BatchBuilder:
             by_row[start:stop] = columns.dense[:, start:stop].T
         if order is not None:
             _take(by_row, order, out[:rows])
-        return out
+        return result
 
-    def _padded(self, column: np.ndarray, rows: int, order: np.ndarray | None, padded: int) -> np.ndarray:
-        out = self._empty((padded,), column.dtype)
-        out[:] = _taken(column, rows, order, padded)
-        return out
+    def _padded(self, column: np.ndarray, rows: int, order: np.ndarray | None, padded: int) -> Tensor:
+        result = self._empty((padded,), column.dtype)
+        result.numpy()[:] = _taken(column, rows, order, padded)
+        return result
 
     def _fixed_only(self, columns: Columns, rows: int, order: np.ndarray | None) -> Iterator[KeyedJaggedTensor]:
         """One id per row and feature: whole batches are views of one (batches, F, B) array."""
@@ -87,23 +89,23 @@ class BatchBuilder:
             taken = column[:rows]
             if order is not None:
                 taken = _take(taken, order, self._reused("ids", (rows,), column.dtype))
-            blocked[:, i, :] = taken[: whole * self._size].reshape(whole, self._size)
-            last[i] = taken[whole * self._size :]
+            blocked.numpy()[:, i, :] = taken[: whole * self._size].reshape(whole, self._size)
+            last.numpy()[i] = taken[whole * self._size :]
         return self._views(blocked, last)
 
-    def _views(self, blocked: np.ndarray, last: np.ndarray) -> Iterator[KeyedJaggedTensor]:
+    def _views(self, blocked: Tensor, last: Tensor) -> Iterator[KeyedJaggedTensor]:
         for values in blocked:
-            yield self._kjt(torch.from_numpy(values.reshape(-1)), self._ones, [self._size] * len(self._keys))
-        yield self._kjt(torch.from_numpy(last.reshape(-1)), self._lengths(last.shape[1]), [last.shape[1]] * len(last))
+            yield self._kjt(values.view(-1), self._ones, [self._size] * len(self._keys))
+        yield self._kjt(last.view(-1), self._lengths(last.shape[1]), [last.shape[1]] * len(last))
         while True:
-            yield self._kjt(torch.from_numpy(last[:, :0].reshape(-1)), self._lengths(0), [0] * len(last))
+            yield self._kjt(last.view(-1)[:0], self._lengths(0), [0] * len(last))
 
     def _lengths(self, rows: int) -> Tensor:
         """(F*B,) int32: one id in the first `rows` rows of each feature, none in the padding."""
         lengths = self._empty((len(self._schema.sparse), self._size), np.int32)
         lengths[:, :rows] = 1
         lengths[:, rows:] = 0
-        return torch.from_numpy(lengths.reshape(-1))
+        return lengths.view(-1)
 
     def _mixed(self, columns: Columns, rows: int, order: np.ndarray | None) -> Iterator[KeyedJaggedTensor]:
         """Any number of ids per row: each batch is put together from a contiguous run of every feature."""
@@ -130,13 +132,12 @@ class BatchBuilder:
             weights = self._empty((sum(counts),), np.float32) if self._schema.is_weighted else None
             at = 0
             for i, (bags, run, count) in enumerate(zip(ordered, runs, counts, strict=True)):
-                lengths[i, : stop - start] = bags.lengths[start:stop]
-                values[at : at + count] = bags.values[run]
+                lengths.numpy()[i, : stop - start] = bags.lengths[start:stop]
+                values.numpy()[at : at + count] = bags.values[run]
                 if weights is not None:
-                    weights[at : at + count] = 1 if bags.weights is None else bags.weights[run]
+                    weights.numpy()[at : at + count] = 1 if bags.weights is None else bags.weights[run]
                 at += count
-            kjt_weights = torch.from_numpy(weights) if weights is not None else None
-            yield self._kjt(torch.from_numpy(values), torch.from_numpy(lengths.reshape(-1)), counts, kjt_weights)
+            yield self._kjt(values, lengths.view(-1), counts, weights)
             start = stop
 
     def _kjt(
@@ -160,11 +161,15 @@ class BatchBuilder:
             self._scratch[name] = np.empty(size, dtype)
         return self._scratch[name][:size].reshape(shape)
 
-    def _empty(self, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype | type) -> Tensor:
+        """Room for a batch or a block of them.
+
+        Batches must be views of this very tensor, not of its numpy array: only through the tensor's storage does
+        torch's pinned-memory allocator learn which copies still read it, before it hands the memory out again.
+        """
         if not self._pin:
-            return np.empty(shape, dtype)
-        bytes_ = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return torch.empty(bytes_, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
+            return torch.from_numpy(np.empty(shape, dtype))
+        return torch.empty(shape, dtype=_TORCH[np.dtype(dtype)], pin_memory=True)
 
 
 def _take(source: np.ndarray, order: np.ndarray, out: np.ndarray) -> np.ndarray:

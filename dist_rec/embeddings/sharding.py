@@ -6,7 +6,9 @@ import logging
 import math
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -37,7 +39,7 @@ _AUTO = [
 class ShardingConfig:
     """The `sharding` section: what the planner may assume about the machine."""
 
-    device_memory_gb: float | None = None  # memory per GPU; default: what the planner assumes (32), or the GPU's own
+    device_memory_gb: float | None = None  # memory per GPU; default: the GPU's own; in offline plans 32
     host_memory_gb: float | None = None  # host memory per rank; default: what the planner assumes (128)
     min_columns: int | None = None  # narrowest shard of a column-wise table; must divide its width
 
@@ -104,6 +106,7 @@ def make_plan(
     world_size: int,
     local_world_size: int,
     batch_size: int,
+    device_memory: int | None = None,
     process_group: dist.ProcessGroup | None = None,
     saved: Mapping[str, str] | None = None,
 ) -> ShardingPlan:
@@ -112,6 +115,7 @@ def make_plan(
     With a process group the plan of rank 0 is used by all ranks; without one this runs offline for any world size.
 
     Args:
+        device_memory: bytes of each GPU, for a config that does not say.
         saved: table name -> sharding type of the checkpoint that will be loaded. A table that the planner may place
             freely then stays replicated or sharded as it was, because its optimiser state cannot change between them.
 
@@ -122,7 +126,7 @@ def make_plan(
         world_size=world_size,
         local_world_size=local_world_size,
         compute_device=device_type,
-        hbm_cap=_bytes(config.device_memory_gb),
+        hbm_cap=_bytes(config.device_memory_gb) or device_memory,
         ddr_cap=_bytes(config.host_memory_gb),
     )
     allowed = {t.name: _allowed(t, (saved or {}).get(t.name)) for t in tables}
@@ -248,25 +252,29 @@ def shard(
     *,
     tables: list[Table],
     seed: int,
+    threads: int = 1,
 ) -> DistributedModelParallel:
     """`model` with its tables sharded by `plan` and filled, and its dense part data-parallel."""
     env = ShardingEnv.from_process_group(process_group)
     sharded = DistributedModelParallel(model, env=env, device=device, plan=plan, sharders=sharders())
-    initialise(sharded.state_dict(), tables, seed)
+    initialise(sharded.state_dict(), tables, seed, threads)
     return sharded
 
 
-def initialise(state: dict[str, Tensor | ShardedTensor], tables: list[Table], seed: int) -> None:
+def initialise(state: dict[str, Tensor | ShardedTensor], tables: list[Table], seed: int, threads: int = 1) -> None:
     """Fills every table in place with values that depend on (seed, table name, row, column) alone.
 
-    So any sharding on any number of ranks starts from the same table. (TorchRec's own hook draws from the rank's
-    generator: with one seed everywhere all row-wise shards are identical, with a seed per rank N ranks differ from 1.)
+    So any sharding on any number of ranks and on any device starts from the same table. (TorchRec's own hook draws from
+    the rank's generator: with one seed everywhere all row-wise shards are identical, with a seed per rank N ranks
+    differ from 1.)
     """
-    for key, value in state.items():
-        for table in tables:
-            if key.endswith(f".{table.name}.weight"):
-                for tensor, row, column in local_parts(value):
-                    _fill(tensor, table, row, column, seed)
+    with ThreadPoolExecutor(threads) as pool:  # a generator is serial: some 400 million values a second per thread
+        for key, value in state.items():
+            for table in tables:
+                if key.endswith(f".{table.name}.weight"):
+                    for tensor, row, column in local_parts(value):
+                        blocks = range(row // BLOCK_ROWS, -(-(row + tensor.shape[0]) // BLOCK_ROWS))
+                        list(pool.map(partial(_fill, tensor.detach(), table, row, column, seed), blocks))
 
 
 def local_parts(value: Tensor | ShardedTensor) -> list[tuple[Tensor, int, int]]:
@@ -276,13 +284,11 @@ def local_parts(value: Tensor | ShardedTensor) -> list[tuple[Tensor, int, int]]:
     return [(value, 0, 0)]
 
 
-def _fill(part: Tensor, table: Table, first_row: int, first_column: int, seed: int) -> None:
-    generator = torch.Generator()
+def _fill(part: Tensor, table: Table, first_row: int, first_column: int, seed: int, block: int) -> None:
     rows, columns = part.shape
-    for block in range(first_row // BLOCK_ROWS, -(-(first_row + rows) // BLOCK_ROWS)):
-        start, stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, table.num_rows)
-        generator.manual_seed(zlib.crc32(f"{seed}/{table.name}/{block}".encode()))
-        values = torch.empty(stop - start, table.dim).uniform_(-table.init_bound, table.init_bound, generator=generator)
-        low, high = max(start, first_row), min(stop, first_row + rows)
-        source = values[low - start : high - start, first_column : first_column + columns]
-        part.detach()[low - first_row : high - first_row].copy_(source)
+    start, stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, table.num_rows)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{table.name}/{block}".encode()))
+    values = torch.empty(stop - start, table.dim).uniform_(-table.init_bound, table.init_bound, generator=generator)
+    low, high = max(start, first_row), min(stop, first_row + rows)
+    source = values[low - start : high - start, first_column : first_column + columns]
+    part[low - first_row : high - first_row].copy_(source)

@@ -144,7 +144,8 @@ class Checkpointer:
             temporary.mkdir(parents=True)
         dist.barrier(group=runtime.control)
         writer = dcp.FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
-        dcp.save(_state(model, optimizer), storage_writer=writer, process_group=runtime.group)
+        # the group carries only what ranks tell each other, and tensors go to disk from each rank: no need of NCCL
+        dcp.save(_state(model, optimizer), storage_writer=writer, process_group=runtime.control)
         with open(temporary / f"rank-{runtime.rank}.pt", "wb") as file:
             torch.save({"rng": _rng_state(runtime.device), "own": own}, file)
             file.flush()
@@ -189,7 +190,7 @@ class Checkpointer:
             optimizer.prepare_load()
         state = _state(model, optimizer)
         try:
-            dcp.load(state, checkpoint_id=checkpoint.path, process_group=self._runtime.group)
+            dcp.load(state, checkpoint_id=checkpoint.path, process_group=self._runtime.control)
         except CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
             raise CheckpointError(f"checkpoint {checkpoint.path} does not fit this model: {reason}") from error

@@ -136,6 +136,7 @@ class StepOptimizer:
         _check_owners([name for name, _ in here], [p.params for _, p in parts])
         self._table_groups = [g for _, p in parts[: 1 + bool(replicated)] for g in p.param_groups]
         self._dense_groups = [g for _, p in parts[1 + bool(replicated) :] for g in p.param_groups]
+        self._counting = list(_kernels(model.fused_optimizer)) if config.tables.name == "adam" else []
 
     def set_step(self, step: int) -> None:
         """Sets the learning rates for step `step`; fused optimisers take theirs over at the next `zero_grad`."""
@@ -144,6 +145,8 @@ class StepOptimizer:
             group["lr"] = self._config.tables.lr * factor
         for group in self._dense_groups:
             group["lr"] = self._config.dense.lr * factor
+        for kernel in self._counting:
+            kernel.iter_cpu.fill_(step)  # FBGEMM counts look-ups as steps, those of an evaluation too
 
     def zero_grad(self) -> None:
         """Clears the gradients."""
@@ -179,6 +182,15 @@ class StepOptimizer:
         for _, part in self.combined.optimizers:
             if isinstance(part, KeyedOptimizerWrapper):
                 part.init_state()
+
+
+def _kernels(optimizer: Any) -> Iterator[Any]:
+    """The FBGEMM modules behind the fused optimiser of a model."""
+    if hasattr(optimizer, "optimizers"):
+        for _, part in optimizer.optimizers:
+            yield from _kernels(part)
+    else:
+        yield optimizer._emb_module
 
 
 def _unfused(parameters: list[Tensor], config: TableOptimizer) -> torch.optim.Optimizer:

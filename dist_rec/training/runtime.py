@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from dist_rec.settings import Complaint
+from dist_rec.settings import Complaint, ConfigError
 
 
 @dataclass
@@ -23,25 +24,32 @@ class RunSettings:
 
     dir: str = "runs/default"  # everything the run leaves behind goes here
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch finds a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch finds a GPU and fbgemm-gpu is installed
     timeout_minutes: float = 10.0  # a collective that takes longer ends the job
 
     @property
     def device_type(self) -> str:
         """The device a process of this config gets on this machine."""
         if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
+            return "cuda" if torch.cuda.is_available() and has_cuda_kernels() else "cpu"
         return self.device
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about a device that is not there, a bad seed, and a folder that cannot be written."""
         if self.device == "cuda" and not torch.cuda.is_available():
             yield Complaint("device", "is cuda, but torch finds no GPU; use cpu or auto, or install the cuda variant")
+        elif self.device == "cuda" and not has_cuda_kernels():
+            yield Complaint("device", "is cuda, but the installed fbgemm is the CPU build; run scripts/setup cuda")
         if self.seed < 0:
             yield Complaint("seed", f"is {self.seed}; use a number >= 0")
         if not self.timeout_minutes > 0:
             yield Complaint("timeout_minutes", f"is {self.timeout_minutes}; use a number of minutes > 0")
         yield from _check_writable(Path(self.dir))
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the installed fbgemm is the build with CUDA kernels: the CPU build is another distribution."""
+    return any(importlib.metadata.distributions(name="fbgemm-gpu"))
 
 
 def _check_writable(folder: Path) -> Iterator[Complaint]:
@@ -72,6 +80,16 @@ class Runtime:
     device: torch.device
     group: dist.ProcessGroup
     control: dist.ProcessGroup
+
+    @property
+    def device_memory(self) -> int | None:
+        """Bytes of memory that the device has, for the planner; None on CPU."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+
+    @property
+    def cores(self) -> int:
+        """This rank's share of the CPU cores."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
     @property
     def is_main(self) -> bool:
@@ -106,20 +124,28 @@ def process(settings: RunSettings) -> Iterator[Runtime]:
     """The process groups of the job: torchrun's environment where there is one, a single rank otherwise.
 
     A default process group that exists already (a notebook's, a test's) is used and left as it was.
+
+    Raises:
+        ConfigError: more ranks were started on this machine than it has GPUs.
     """
     cuda = settings.device_type == "cuda"
     local_rank, local_world_size = (int(os.environ.get(name, value)) for name, value in _LOCAL)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            text = f"is cuda for {local_world_size} ranks on a machine with {gpus} GPU(s); start one rank per GPU"
+            raise ConfigError([Complaint("run.device", text)])
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=settings.timeout_minutes)
     ours = not dist.is_initialized()
     if ours:
-        backend = "nccl" if cuda else "gloo"
+        # with device_id NCCL connects at once, so that a GPU that cannot be reached fails here
+        common: dict[str, Any] = {"backend": "nccl" if cuda else "gloo", "device_id": device if cuda else None}
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(timeout=timeout, **common)
         else:  # no launcher: a store of our own needs no port
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(timeout=timeout, store=dist.HashStore(), rank=0, world_size=1, **common)
     try:
         group = dist.group.WORLD
         assert group is not None

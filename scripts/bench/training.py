@@ -10,6 +10,7 @@ and 26 single-valued columns, 26 tables, DLRM with bottom 256-D and top 256-128,
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import statistics
@@ -48,6 +49,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=8, help="steps of an arm in a round")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--decode-threads", type=int, default=1, help="a GPU can train faster than one core decodes")
+    parser.add_argument("--data-rows", type=int, default=8 * 65536, help="rows in the Parquet files, per rank")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     quiet_libraries()
@@ -70,8 +73,8 @@ def compare(config: RunConfig, runtime: Runtime, rounds: int, steps: int) -> dic
     data = JobData(config, runtime, splits=("train",))
     memory = list(itertools.islice(data.train(None), 2 * steps))
     arms: dict[str, Callable[[], None]] = {
-        "ours": _ours(config, runtime, data, steps),
-        "bare": _bare(config, runtime, memory, steps),
+        "ours": _finished(_ours(config, runtime, data, steps), runtime),
+        "bare": _finished(_bare(config, runtime, memory, steps), runtime),
     }
     for arm in arms.values():
         arm()
@@ -92,6 +95,15 @@ def compare(config: RunConfig, runtime: Runtime, rounds: int, steps: int) -> dic
         "ratio_min": round(min(ratios), 3),
         "ratio_max": round(max(ratios), 3),
     }
+
+
+def _finished(arm: Callable[[], None], runtime: Runtime) -> Callable[[], None]:
+    def run() -> None:
+        arm()
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
 
 
 def _ours(config: RunConfig, runtime: Runtime, data: JobData, steps: int) -> Callable[[], None]:
@@ -124,8 +136,6 @@ def _bare(config: RunConfig, runtime: Runtime, memory: list[Batch], steps: int) 
     def run() -> None:
         for _ in range(steps):
             pipeline.progress(batches)
-        if runtime.device.type == "cuda":
-            torch.cuda.synchronize()
 
     return run
 
@@ -134,12 +144,12 @@ def _mapping(arguments: argparse.Namespace, folder: Path) -> dict:
     tables = {f"c{i}": {"num_ids": arguments.rows} for i in range(NUM_SPARSE)}
     return {
         "schema": {"labels": {"label": None}, "dense": {f"i{i}": None for i in range(NUM_DENSE)}, "sparse": tables},
-        "data": {"train": str(folder), "batch_size": arguments.batch},
+        "data": {"train": str(folder), "batch_size": arguments.batch, "decode_threads": arguments.decode_threads},
         "model": {"name": "dlrm", "dim": arguments.dim, "bottom": [256], "top": [256, 128]},
         "embeddings": {"sharding": arguments.sharding},
         "optim": {"tables": {"lr": 0.01}},
         "train": {"epochs": None, "steps": 10**9, "precision": arguments.precision},
-        "report": {"every": 20, "tensorboard": True},
+        "report": {"every": 20, "tensorboard": importlib.util.find_spec("tensorboard") is not None},
         "run": {"dir": str(folder / "run"), "device": arguments.device},
     }
 
@@ -148,7 +158,7 @@ def _write(folder: Path, arguments: argparse.Namespace, world_size: int) -> None
     folder.mkdir()
     rng = np.random.default_rng(0)
     for part in range(2):
-        rows = 65536 * 4 * world_size
+        rows = arguments.data_rows // 2 * world_size
         columns = {"label": rng.integers(0, 2, rows).astype(np.float32)}
         columns |= {f"i{i}": rng.normal(size=rows).astype(np.float32) for i in range(NUM_DENSE)}
         columns |= {f"c{i}": rng.integers(0, arguments.rows, rows) for i in range(NUM_SPARSE)}
