@@ -79,7 +79,13 @@ def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, l
     """
     schema, sets = config.schema, config.model.table_sets(config.schema)
     tables = make_tables(sets, schema, config.embeddings)
-    stage = EmbeddingStage(tables, sets, is_weighted=schema.is_weighted, device=torch.device(table_device))
+    stage = EmbeddingStage(
+        tables,
+        sets,
+        is_weighted=schema.is_weighted,
+        project=config.embeddings.project,
+        device=torch.device(table_device),
+    )
     torch.manual_seed(config.run.seed)
     arch = config.model.build(schema)
     objective = config.objective.build(schema, arch.representation_dims)
@@ -117,7 +123,14 @@ def distribute(config: RunConfig, runtime: Runtime, saved: Mapping[str, str] | N
         saved=saved,
     )
     sharded = sharding.shard(
-        model, plan, runtime.device, runtime.group, tables=tables, seed=config.run.seed, threads=runtime.cores
+        model,
+        plan,
+        runtime.device,
+        runtime.group,
+        tables=tables,
+        seed=config.run.seed,
+        threads=runtime.cores,
+        projection_init=config.embeddings.projection_init,
     )
     # from here on random numbers (dropout) are the rank's own
     torch.manual_seed(config.run.seed + 1 + runtime.rank)

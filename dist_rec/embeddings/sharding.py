@@ -19,14 +19,15 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import BoundsCheckMode, ModuleSharder, ShardingEnv, ShardingPlan
+from torchrec.distributed.types import BoundsCheckMode, ModuleSharder, ParameterSharding, ShardingEnv, ShardingPlan
 
-from dist_rec.embeddings.tables import Table
+from dist_rec.embeddings.mlet import FactoredCollection, ShardedFactoredCollection
+from dist_rec.embeddings.tables import SPLITS_COLUMNS, Table
 from dist_rec.settings import Complaint
 
 GIB = 1024**3
 BLOCK_ROWS = 16384
-SPLITS_COLUMNS = {ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value, ShardingType.GRID_SHARD.value}
+_PROTOTYPE_SIGMA = 0.25  # github.com/benghaem/dlrm_mlet
 _AUTO = [
     ShardingType.DATA_PARALLEL.value,
     ShardingType.TABLE_WISE.value,
@@ -67,16 +68,44 @@ class CollectionSharder(EmbeddingBagCollectionSharder):
         return super().sharding_types("cuda")
 
 
+class FactoredSharder(CollectionSharder):
+    """The sharder of a collection with two-layer tables."""
+
+    @property
+    def module_type(self) -> type[FactoredCollection]:
+        """What it shards."""
+        return FactoredCollection
+
+    def shard(
+        self,
+        module: FactoredCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedFactoredCollection:
+        """The sharded twin, as `EmbeddingBagCollectionSharder.shard` makes it."""
+        return ShardedFactoredCollection(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+        )
+
+
 def sharders() -> list[ModuleSharder[nn.Module]]:
     """The sharders a model of this framework needs; given to planner and DistributedModelParallel alike."""
-    return [CollectionSharder()]
+    return [CollectionSharder(), FactoredSharder()]
 
 
 def check_kernels(tables: list[Table], device_type: str) -> Iterator[Complaint]:
     """What FBGEMM's kernels ask of a table on each device."""
-    odd = [t for t in tables if t.dim % 4]
+    odd = [t for t in tables if t.width % 4]
     if device_type == "cuda" and odd:
-        text = f"is {odd[0].dim} for {len(odd)} table(s), {odd[0].name} among them"
+        text = f"is {odd[0].width} for {len(odd)} table(s), {odd[0].name} among them"
         yield Complaint("dim", f"{text}; FBGEMM's CUDA kernels need a multiple of 4")
     for table in tables:
         if device_type == "cpu" and table.kernel not in ("auto", "fused"):
@@ -198,7 +227,7 @@ def _explain(error: PlannerError, tables: list[Table], topology: Topology, devic
     first = str(error).strip().splitlines()[0] if str(error).strip() else error.error_type.value
     return (
         f"no plan fits {len(tables)} tables on {ranks} rank(s): {first}\n"
-        f"  largest table: {largest.name}, {largest.num_rows:,} x {largest.dim} = {largest.num_bytes / GIB:.3f} GiB, "
+        f"  largest table: {largest.name}, {largest.num_rows:,} x {largest.width} = {largest.num_bytes / GIB:.3f} GiB, "
         f"sharding {largest.sharding}\n"
         f"  needed: {total / GIB:.3f} GiB of weights, plus optimiser state and exchange buffers\n"
         f"  available: {per_rank / GIB:.3f} GiB per rank ({key}), {ranks * per_rank / GIB:.3f} GiB in all\n"
@@ -223,13 +252,17 @@ def describe(plan: ShardingPlan, tables: list[Table]) -> str:
                 for rank in ranks:
                     per_rank[rank] = per_rank.get(rank, 0.0) + table.num_bytes / 2**20
             rows.append(
-                (name, f"{table.num_rows:,}", str(table.dim), table.pooling, sharding.sharding_type,
+                (name, f"{table.num_rows:,}", _width(table), table.pooling, sharding.sharding_type,
                  sharding.compute_kernel, _ranges(ranks), f"{table.num_bytes / 2**20:.1f}")
             )  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     load = ", ".join(f"rank {rank}: {size:.1f}" for rank, size in sorted(per_rank.items()))
     return "\n".join([*lines, f"MiB of weights: {load}"])
+
+
+def _width(table: Table) -> str:
+    return str(table.dim) if table.inner_dim is None else f"{table.inner_dim} -> {table.dim}"
 
 
 def _ranges(ranks: list[int]) -> str:
@@ -253,15 +286,22 @@ def shard(
     tables: list[Table],
     seed: int,
     threads: int = 1,
+    projection_init: str = "scaled",
 ) -> DistributedModelParallel:
     """`model` with its tables sharded by `plan` and filled, and its dense part data-parallel."""
     env = ShardingEnv.from_process_group(process_group)
     sharded = DistributedModelParallel(model, env=env, device=device, plan=plan, sharders=sharders())
-    initialise(sharded.state_dict(), tables, seed, threads)
+    initialise(sharded.state_dict(), tables, seed, threads, projection_init)
     return sharded
 
 
-def initialise(state: dict[str, Tensor | ShardedTensor], tables: list[Table], seed: int, threads: int = 1) -> None:
+def initialise(
+    state: dict[str, Tensor | ShardedTensor],
+    tables: list[Table],
+    seed: int,
+    threads: int = 1,
+    projection_init: str = "scaled",
+) -> None:
     """Fills every table in place with values that depend on (seed, table name, row, column) alone.
 
     So any sharding on any number of ranks and on any device starts from the same table. (TorchRec's own hook draws from
@@ -275,6 +315,15 @@ def initialise(state: dict[str, Tensor | ShardedTensor], tables: list[Table], se
                     for tensor, row, column in local_parts(value):
                         blocks = range(row // BLOCK_ROWS, -(-(row + tensor.shape[0]) // BLOCK_ROWS))
                         list(pool.map(partial(_fill, tensor.detach(), table, row, column, seed), blocks))
+                elif key.endswith(f".projections.{table.name}"):
+                    assert isinstance(value, Tensor)
+                    _fill_projection(value.detach(), table, seed, projection_init)
+
+
+def _fill_projection(projection: Tensor, table: Table, seed: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{table.name}/projection".encode()))
+    scale = _PROTOTYPE_SIGMA if kind == "prototype" else table.width**-0.5
+    projection.copy_(torch.randn(projection.shape, generator=generator) * scale)
 
 
 def local_parts(value: Tensor | ShardedTensor) -> list[tuple[Tensor, int, int]]:
@@ -288,7 +337,7 @@ def _fill(part: Tensor, table: Table, first_row: int, first_column: int, seed: i
     rows, columns = part.shape
     start, stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, table.num_rows)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{table.name}/{block}".encode()))
-    values = torch.empty(stop - start, table.dim).uniform_(-table.init_bound, table.init_bound, generator=generator)
+    values = torch.empty(stop - start, table.width).uniform_(-table.init_bound, table.init_bound, generator=generator)
     low, high = max(start, first_row), min(stop, first_row + rows)
     source = values[low - start : high - start, first_column : first_column + columns]
     part[low - first_row : high - first_row].copy_(source)

@@ -5,6 +5,8 @@ Letters: B rows of this rank, F features of a set, D its width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -12,6 +14,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from dist_rec.contract import TableSet
+from dist_rec.embeddings.mlet import FactoredCollection
 from dist_rec.embeddings.tables import Table, output_names
 
 
@@ -21,22 +24,41 @@ class EmbeddingStage(nn.Module):
     The whole KeyedJaggedTensor goes to the collection, which picks its features itself: permuting it here would take
     the collection out of TorchRec's pipeline. Tables pool by sum; mean pooling divides afterwards, because TorchRec's
     own mean divides twice where a row-wise table shares a collection with a table of another sharding.
+
+    Two-layer tables (see `mlet.py`) are projected inside the collection, or, for comparison, after it.
+
+    Attributes:
+        projections: table name -> W2 (k, d), the second layer of each two-layer table; dense parameters.
     """
 
-    def __init__(self, tables: list[Table], table_sets: list[TableSet], *, is_weighted: bool, device: torch.device):
+    def __init__(
+        self,
+        tables: list[Table],
+        table_sets: list[TableSet],
+        *,
+        is_weighted: bool,
+        project: str,
+        device: torch.device,
+    ):
         super().__init__()
         configs = [
             EmbeddingBagConfig(
                 name=t.name,
                 num_embeddings=t.num_rows,
-                embedding_dim=t.dim,
+                embedding_dim=t.width,
                 feature_names=list(t.features),
                 init_fn=_leave_as_allocated,
             )
             for t in tables
         ]
-        self.collection = EmbeddingBagCollection(tables=configs, is_weighted=is_weighted, device=device)
-        self.regroup = Regroup(tables, table_sets)
+        factored = [t for t in tables if t.inner_dim is not None]
+        self.projections = nn.ParameterDict({t.name: nn.Parameter(torch.empty(t.width, t.dim)) for t in factored})
+        second_layers = dict(self.projections.items())
+        if factored and project == "before":
+            self.collection = FactoredCollection(configs, second_layers, is_weighted=is_weighted, device=device)
+        else:
+            self.collection = EmbeddingBagCollection(tables=configs, is_weighted=is_weighted, device=device)
+        self.regroup = Regroup(tables, table_sets, second_layers, projects=project == "after")
 
     def forward(self, sparse: KeyedJaggedTensor) -> dict[str, Tensor]:
         """sparse: F features with B bags each. Returns set name -> (B, F, D) float32."""
@@ -46,27 +68,51 @@ class EmbeddingStage(nn.Module):
 class Regroup(nn.Module):
     """The collection's columns, regrouped into one (B, F, D) per table set, means divided by their bag's length."""
 
-    def __init__(self, tables: list[Table], table_sets: list[TableSet]):
+    def __init__(
+        self,
+        tables: list[Table],
+        table_sets: list[TableSet],
+        projections: Mapping[str, nn.Parameter],
+        *,
+        projects: bool,
+    ):
         super().__init__()
+        # the stage owns them; registered twice they would have two names
+        self._second_layers = lambda: projections
+        self._projects = projects
         names = output_names(tables)
         self._sets: dict[str, list[str]] = {}
-        self._dims: dict[str, int] = {}
+        self._tables: dict[str, list[str]] = {}
         self._mean: dict[str, list[str | None]] = {}
         for table_set in table_sets:
             by_feature = {f: t for t in tables if t.name.startswith(f"{table_set.name}_") for f in t.features}
             owners = [by_feature[f] for f in table_set.features]
             self._sets[table_set.name] = [names[t.name, f] for t, f in zip(owners, table_set.features, strict=True)]
             means = [f if t.pooling == "mean" else None for t, f in zip(owners, table_set.features, strict=True)]
-            self._dims[table_set.name] = table_set.dim
+            self._tables[table_set.name] = [t.name for t in owners]
             self._mean[table_set.name] = means
 
     def forward(self, pooled: KeyedTensor, sparse: KeyedJaggedTensor) -> dict[str, Tensor]:
         """pooled: (B, sum of widths). sparse: the batch's own ids, for the bag lengths of mean-pooled features."""
-        columns = pooled.to_dict()
+        columns, projections = pooled.to_dict(), self._second_layers()
         result = {}
         for name, outputs in self._sets.items():
-            stacked = torch.stack([columns[o] for o in outputs], dim=1)
+            served = [columns[o] for o in outputs]
+            if self._projects:
+                pairs = zip(self._tables[name], served, strict=True)
+                served = [x @ projections[t] if t in projections else x for t, x in pairs]
+            stacked = torch.stack(served, dim=1)
             result[name] = self._divide(stacked, name, sparse) if any(self._mean[name]) else stacked
+        return self._touched(result)
+
+    def _touched(self, result: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same values, with every projection in their graph: a rank that holds no shard of a table does not use its
+        projection, and data parallelism would wait for the gradient for ever."""
+        projections = self._second_layers()
+        if projections and torch.is_grad_enabled():
+            first = next(iter(result))
+            zero = torch.stack([w.sum() for w in projections.values()]).sum() * 0
+            result[first] = result[first] + zero
         return result
 
     def _divide(self, stacked: Tensor, name: str, sparse: KeyedJaggedTensor) -> Tensor:

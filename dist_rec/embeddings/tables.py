@@ -16,6 +16,7 @@ ShardingName = Literal[
     "auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "data_parallel"
 ]
 KernelName = Literal["auto", "fused", "fused_uvm", "fused_uvm_caching"]
+SPLITS_COLUMNS = ("column_wise", "table_column_wise")
 BYTES_PER_VALUE = 4
 
 
@@ -27,6 +28,7 @@ class TableOptions:
     sharding: ShardingName | None = None
     kernel: KernelName | None = None
     init_bound: float | None = None
+    inner_dim: int | None = None  # 0: a single layer, whatever the section says
 
 
 @dataclass
@@ -39,6 +41,16 @@ class EmbeddingsConfig:
     # with a device cache; auto: the planner chooses. CPU has fused only.
     kernel: KernelName = "auto"
     init_bound: float | None = None  # initial values are uniform in (-b, b); default b = 1 / sqrt(rows of the table)
+    # MLET (arXiv 2309.15881): train tables of served width d as two layers, n x inner_dim times inner_dim x d
+    inner_dim: int | None = None
+    # a table with at most factor_above * d rows stays single-layer: it has hardly more rows than it can have
+    # directions, so there is nothing to share; its own inner_dim under `tables` overrules this
+    factor_above: float = 4.0
+    # before: a shard projects its partial sums, and d columns are exchanged. after: inner_dim columns are exchanged
+    project: Literal["before", "after"] = "before"
+    # scaled: W2 ~ N(0, 1 / inner_dim), so that the product has a plain table's scale for every inner_dim.
+    # prototype: W2 ~ N(0, 0.25^2), as in the authors' code
+    projection_init: Literal["scaled", "prototype"] = "scaled"
     # exceptions by table: a table is named after its feature (or the schema's `table`) in every table set, or
     # "<set>_<table>" for one table set only
     tables: dict[str, TableOptions] = field(default_factory=dict)
@@ -58,6 +70,13 @@ class EmbeddingsConfig:
                 yield Complaint("pooling", f"{text}; a weighted feature is summed: set pooling: sum for this table")
             if not table.init_bound > 0:
                 yield Complaint("init_bound", f"is {table.init_bound} for table '{table.name}'; use a number > 0")
+            if table.inner_dim is not None and table.inner_dim < table.dim:
+                text = f"is {table.inner_dim} for table '{table.name}', which is served with {table.dim} columns"
+                yield Complaint("inner_dim", f"{text}; two layers need at least as many inside")
+            if table.inner_dim is not None and self.project == "before" and table.sharding in SPLITS_COLUMNS:
+                text = f"is {table.sharding} for table '{table.name}', which splits the inner columns that its second"
+                text += " layer sums over, so no shard can project alone; use row_wise, or project: after"
+                yield Complaint("sharding", text)
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,8 @@ class Table:
 
     Attributes:
         name: "<set>_<table>", unique over all sets; part of the parameter's name in checkpoints.
-        num_rows, dim: its size, float32.
+        num_rows: n. dim: d, the width that is served.
+        inner_dim: k, the width that is stored and trained, if the table has two layers; None if it has one.
         features: the features it serves.
         mean_lengths: per feature, mean number of ids per row of a batch.
     """
@@ -80,11 +100,17 @@ class Table:
     sharding: str
     kernel: str
     init_bound: float
+    inner_dim: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Columns that are stored, trained and sharded."""
+        return self.dim if self.inner_dim is None else self.inner_dim
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the weights, without optimiser state."""
-        return self.num_rows * self.dim * BYTES_PER_VALUE
+        """Bytes of the sharded weights, without optimiser state."""
+        return self.num_rows * self.width * BYTES_PER_VALUE
 
 
 def make_tables(table_sets: list[TableSet], schema: Schema, config: EmbeddingsConfig) -> list[Table]:
@@ -115,7 +141,14 @@ def _table(
         sharding=options.sharding or config.sharding,
         kernel=options.kernel or config.kernel,
         init_bound=bound if bound is not None else columns[0].num_rows ** -0.5,
+        inner_dim=_inner_dim(columns[0].num_rows, table_set.dim, options, config),
     )
+
+
+def _inner_dim(num_rows: int, dim: int, options: TableOptions, config: EmbeddingsConfig) -> int | None:
+    if options.inner_dim is not None:
+        return options.inner_dim or None
+    return config.inner_dim if num_rows > config.factor_above * dim else None
 
 
 def _names_of(table_set: TableSet, feature: str, schema: Schema) -> tuple[str, str]:
