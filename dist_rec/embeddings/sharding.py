@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -292,7 +293,20 @@ def shard(
     env = ShardingEnv.from_process_group(process_group)
     sharded = DistributedModelParallel(model, env=env, device=device, plan=plan, sharders=sharders())
     initialise(sharded.state_dict(), tables, seed, threads, projection_init)
+    _fix_buckets(sharded)
     return sharded
+
+
+def _fix_buckets(model: nn.Module) -> None:
+    """Makes DDP sum gradients in the same order in every step.
+
+    By itself it packs them anew after the first step of a process, and a ring of three or more ranks then adds the
+    same numbers in another order: the first step after a resume would differ from the uninterrupted run's.
+    """
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            module.reducer._push_all_rebuilt_params()
+            module.reducer._rebuild_buckets()
 
 
 def initialise(
