@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torchrec.distributed import comm
 
 from dist_rec.settings import Complaint, ConfigError
 
@@ -154,3 +155,4 @@ def process(settings: RunSettings) -> Iterator[Runtime]:
     finally:
         if ours:
             dist.destroy_process_group()
+            comm._INTRA_PG = comm._CROSS_PG = None  # TorchRec's groups of nodes, which it would use in the next job too
