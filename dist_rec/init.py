@@ -65,13 +65,10 @@ def _main(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     output = Path(options.output)
     _check_output(output, options.force)
-    try:
-        splits = _find_splits(options.data)
-        train = read_footers(splits.train)
-        others = [footer for path in splits.others for footer in read_footers(path)]
-        measured = profile(train, options.sample_rows, others)
-    except OSError as error:
-        raise DataError(f"{options.data}: cannot be read ({error}); correct the path or the permissions") from error
+    splits = _find_splits(options.data)
+    train = read_footers(splits.train)
+    others = [footer for path in splits.others for footer in read_footers(path)]
+    measured = profile(train, options.sample_rows, others)
     guessed = guess(measured, options.label)
     check_columns([*train, *others], guessed.schema)
     text = "\n".join(_lines(options.data, output, splits, measured, guessed)) + "\n"

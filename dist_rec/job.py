@@ -7,10 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dist_rec.config import RunConfig, load
@@ -65,7 +63,7 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
 
 
 class DataSetError(DataError):
-    """What rank 0 found wrong with the files, raised on every rank."""
+    """What is wrong with the data on every rank alike: it is raised on all of them, and rank 0 says it."""
 
 
 class JobData:
@@ -75,26 +73,37 @@ class JobData:
     one is collective.
 
     Raises:
-        DataSetError: on every rank, for a split that is missing, empty, damaged or does not fit the schema.
+        DataSetError: on every rank, for a split that is missing, empty, damaged or does not fit the schema; and on the
+            other ranks for whatever else went wrong on rank 0, which raises it as it is.
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime, splits: Sequence[str] = ("train", "validation", "test")):
         self._config, self._runtime = config, runtime
-        self._footers: dict[str, list[FileFooter]] = {}
-        answer: dict[str, list[FileFooter]] | DataError = {}
+        answer: dict[str, list[FileFooter]] | DataSetError = {}
+        unexpected: Exception | None = None
         if runtime.is_main:
             try:
                 answer = _read_splits(config, splits, runtime.world_size)
             except DataError as error:
                 answer = DataSetError(str(error))
+            except Exception as error:  # noqa: BLE001 - raised again below, when nobody waits for the answer any more
+                answer, unexpected = DataSetError(f"rank 0 failed: {error!r}"), error
         answer = runtime.broadcast(answer)
-        if isinstance(answer, DataError):
+        if unexpected is not None:
+            raise unexpected
+        if isinstance(answer, DataSetError):
             raise answer
-        self._footers = answer
+        self._footers: dict[str, list[FileFooter]] = answer
 
     def train(self, cursor: dict[str, Any] | None) -> Loader:
-        """The training batches, from a checkpoint's cursor on or from the start."""
-        return self._loader("train", cursor=cursor, one_pass=False)
+        """The training batches, from a checkpoint's cursor on or from the start.
+
+        Raises DataSetError if the cursor is of other data or another seed.
+        """
+        try:
+            return self._loader("train", cursor=cursor, one_pass=False)
+        except DataError as error:
+            raise DataSetError(str(error)) from error
 
     def split(self, name: str) -> Callable[[], Loader] | None:
         """A maker of loaders over "validation" or "test", one pass in file order; None if the config has none."""
@@ -120,20 +129,14 @@ class JobData:
             pin_memory=self._runtime.device.type == "cuda",
         )
 
-    def counts(self, loader: Loader) -> dict[str, int]:
-        """How often each declared policy acted on the rows of `loader`, over all ranks. Collective."""
-        every: list[dict[str, int]] = [{} for _ in range(self._runtime.world_size)]
-        dist.all_gather_object(every, dict(loader.counts), group=self._runtime.control)
-        total: dict[str, int] = {}
-        for counts in every:
-            for key, count in counts.items():
-                total[key] = total.get(key, 0) + count
-        return total
-
 
 def _read_splits(config: RunConfig, splits: Sequence[str], world_size: int) -> dict[str, list[FileFooter]]:
-    if config.data.synthetic is not None and not Path(config.data.synthetic.path).exists():
-        synthetic.write(config.data.synthetic)
+    if config.data.synthetic is not None:
+        try:
+            synthetic.write(config.data.synthetic)
+        except OSError as error:
+            raise DataError(f"data.synthetic.path: '{config.data.synthetic.path}' cannot be written "
+                            f"({error.strerror}); choose another folder") from error  # fmt: skip
     found = {}
     for split in splits:
         path = getattr(config.data, split)

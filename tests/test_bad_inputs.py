@@ -110,6 +110,17 @@ def _damaged_pages(data: Path, config: Values) -> None:
     (data / "b.parquet").write_bytes(whole)
 
 
+def _damaged_footer(data: Path, config: Values) -> None:
+    whole = bytearray((data / "b.parquet").read_bytes())
+    size = int.from_bytes(whole[-8:-4], "little")
+    whole[-8 - size : -8] = b"\xff" * size
+    (data / "b.parquet").write_bytes(whole)
+
+
+def _unwritable_synthetic(data: Path, config: Values) -> None:
+    config["data"]["synthetic"] = {"path": "/proc/synthetic"}
+
+
 def _zero_row_groups(data: Path, config: Values) -> None:
     for name in ("a.parquet", "b.parquet"):
         pq.ParquetWriter(data / name, table(1).schema).close()
@@ -176,6 +187,8 @@ CASES = {
     _truncated_file: ("b.parquet: is not Parquet or is cut short", "write it again or remove it"),
     _no_parquet: ("b.parquet: is not Parquet or is cut short", "write it again or remove it"),
     _damaged_pages: ("b.parquet", "row group 0 cannot be read", "write it again or remove it"),
+    _damaged_footer: ("b.parquet: cannot be read (", "thrift", "write it again or remove it"),
+    _unwritable_synthetic: ("data.synthetic.path: '/proc/synthetic' cannot be written", "choose another folder"),
     _zero_row_groups: ("data", "hold no rows at all", "point it to a data set with rows"),
     _fewer_rows_than_ranks: ("data.train has 1 rows for 2 ranks", "use at most 1 ranks or more data"),
     _unknown_key: ("train.stpes: is not a known key; did you mean 'steps'?",),
@@ -188,7 +201,7 @@ CASES = {
     _duplicate_column: ("column 'user' (sparse) is there 2 times", "b.parquet"),
     _negative_weight: ("column 'd0' (sample weight): -0.5 is negative at row 2 of", "b.parquet"),
 }
-ON_TWO_RANKS = {_fewer_rows_than_ranks, _missing_column}
+ON_TWO_RANKS = {_fewer_rows_than_ranks, _missing_column, _damaged_footer}
 
 
 @pytest.mark.parametrize("spoil", CASES, ids=lambda spoil: spoil.__name__[1:])
@@ -216,6 +229,30 @@ def test_a_bad_input_gets_a_message_and_leaves_nothing_that_is_in_the_way(spoil,
     card.write_text(yaml.safe_dump(values(data, folder, checkpoint={"every": 2})))
     assert [status for status, _ in run_ranks(_enter, world_size, [str(card)])] == ["0"] * world_size
     assert find(folder / "checkpoints")[-1].meta["progress"]["examples"] == ROWS
+
+
+def test_another_seed_than_the_checkpoints_is_said_once(tmp_path):
+    data = write(tmp_path / "data", ROWS, row_group=13)
+    card = tmp_path / "card.yaml"
+    card.write_text(yaml.safe_dump(values(data, tmp_path / "run", train={"steps": 2}, checkpoint={"every": 1})))
+    assert [status for status, _ in run_ranks(_enter, 2, [str(card)])] == ["0", "0"]
+    (first, _), (second, text) = run_ranks(_enter, 2, [str(card), "run.seed=7"])
+    assert first.startswith("error: the checkpoint's data order was drawn with seed 0, the config has 7")
+    assert second == "1" and "error:" not in text and "Traceback" not in text
+
+
+def _broken_reader(rank: int, world_size: int, arguments: list[str]) -> tuple[str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dist_rec.job.read_footers", lambda path: 1 // 0)
+        return _enter(rank, world_size, arguments)
+
+
+def test_what_nobody_expects_on_rank_0_has_its_traceback_and_the_others_leave(tmp_path):
+    card = tmp_path / "card.yaml"
+    card.write_text(yaml.safe_dump(values(write(tmp_path / "data", ROWS), tmp_path / "run")))
+    (first, _), (second, text) = run_ranks(_broken_reader, 2, [str(card)], timeout=60)
+    assert "Traceback" in first and "ZeroDivisionError" in first
+    assert second == "1" and "error:" not in text and "Traceback" not in text
 
 
 def test_what_one_rank_finds_ends_the_job_with_its_message(tmp_path):

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -42,16 +43,28 @@ class FileFooter:
 
 
 def open_file(path: str) -> pq.ParquetFile:
-    """The file at a local path or URI. A file that is not whole Parquet raises DataError."""
+    """The file at a local path or URI. One that cannot be read or is not whole Parquet raises DataError."""
     filesystem, inner = _file_system(path)
     # no memory map: a file cut short under a running job would then kill the process instead of raising
-    try:
+    with _reading(path):
         if filesystem.get_file_info(inner).size == 0:
             raise DataError(f"{path}: is empty (0 bytes); write it again or remove it")
         source = filesystem.open_input_file(inner)
         return pq.ParquetFile(source, pre_buffer=not isinstance(filesystem, pafs.LocalFileSystem))
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Turns what pyarrow raises for a path that it cannot read into DataErrors."""
+    try:
+        yield
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: is not Parquet or is cut short ({error}); write it again or remove it") from error
+    except (pa.ArrowException, OSError) as error:  # permissions and credentials, but also a damaged footer
+        raise DataError(
+            f"{path}: cannot be read ({' '.join(str(error).split())}); correct the path, permissions or credentials, "
+            "or, if the file is damaged, write it again or remove it"
+        ) from error
 
 
 def read_footers(path: str) -> list[FileFooter]:
@@ -69,7 +82,7 @@ def read_footers(path: str) -> list[FileFooter]:
 
 
 def _read_footer(path: str) -> FileFooter:
-    with open_file(path) as file:
+    with open_file(path) as file, _reading(path):
         metadata = file.metadata
         rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         return FileFooter(path, rows, file.schema_arrow)
@@ -80,17 +93,18 @@ def find_files(path: str) -> list[str]:
     filesystem, inner = _file_system(path)
     is_local = isinstance(filesystem, pafs.LocalFileSystem)
     prefix = "" if is_local else path[: path.index("://") + 3]
-    info = filesystem.get_file_info(inner)
-    if info.type == pafs.FileType.File:
-        return [prefix + inner]
-    if info.type == pafs.FileType.Directory:
-        files = [name for name in _list(filesystem, inner) if name.endswith(_SUFFIX)]
-        problem = f"the folder has no *{_SUFFIX} file in it"
-    elif any(c in inner for c in "*?["):
-        files = _glob(filesystem, inner, is_local)
-        problem = "the pattern matches no file"
-    else:
-        files, problem = [], "there is no such file or folder"
+    with _reading(path):
+        info = filesystem.get_file_info(inner)
+        if info.type == pafs.FileType.File:
+            return [prefix + inner]
+        if info.type == pafs.FileType.Directory:
+            files = [name for name in _list(filesystem, inner) if name.endswith(_SUFFIX)]
+            problem = f"the folder has no *{_SUFFIX} file in it"
+        elif any(c in inner for c in "*?["):
+            files = _glob(filesystem, inner, is_local)
+            problem = "the pattern matches no file"
+        else:
+            files, problem = [], "there is no such file or folder"
     if not files:
         here = f" (looked from {os.getcwd()})" if is_local and not os.path.isabs(path) else ""
         raise DataError(f"{path}: {problem}{here}; correct the path")
@@ -117,7 +131,7 @@ def _file_system(path: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), path
     try:
         return pafs.FileSystem.from_uri(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: is not a URI that pyarrow can open ({error}); use a path or e.g. s3://") from error
 
 

@@ -7,6 +7,7 @@ processes: measured, they cost four to five times more per row.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ import pyarrow.parquet as pq
 
 from dist_rec.data.batch import Batch
 from dist_rec.data.blocks import BatchBuilder
-from dist_rec.data.footers import DataError, FileFooter, check_columns, fingerprint, open_file
+from dist_rec.data.footers import DataError, FileFooter, fingerprint, is_list, open_file
 from dist_rec.data.ids import PolicyCounts
-from dist_rec.data.parquet import Columns, Place, convert, decode, id_dtype
+from dist_rec.data.parquet import DECODED_VALUES, Columns, Place, convert, decode, id_dtype, is_fixed
 from dist_rec.data.read_ahead import Channel, Closed, DaemonPool, RowGroupCache
 from dist_rec.data.row_groups import Block, Course, EpochOrder, positions
 from dist_rec.data.schema import Schema
@@ -32,6 +33,7 @@ Transform = Callable[[Batch, int], Batch]
 
 _JOIN_SECONDS = 5.0  # for threads in the middle of a decode; they are daemons, so a slower one is left behind
 _PLACES_SHOWN = 3
+_KEPT = 1.15  # what allocators keep of freed memory: the process grows by more than what is alive
 
 
 @dataclass
@@ -44,14 +46,13 @@ class DataConfig:
     test: str | None = None
     eval_batch_size: int | None = None  # default: batch_size
     shuffle: bool = True
-    shuffle_rows: int = 131072  # rows of a rank's shuffle buffer; memory: `block_megabytes`
-    read_ahead: int = 8  # ready batches queued in front of the trainer
+    shuffle_rows: int = 131072  # rows of a rank's shuffle buffer; memory: `megabytes`
     decode_threads: int = 1  # row groups decoded at the same time
     synthetic: SyntheticConfig | None = None  # written first if `train` does not exist
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about the settings themselves; files are checked when a Loader is made."""
-        for name in ("batch_size", "eval_batch_size", "shuffle_rows", "read_ahead", "decode_threads"):
+        for name in ("batch_size", "eval_batch_size", "shuffle_rows", "decode_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield Complaint(name, f"is {value}; use at least 1")
@@ -67,8 +68,8 @@ class Loader:
     number of ranks, another batch size or other shuffle settings.
 
     Args:
-        config: the shuffle buffer, read-ahead and threads. schema: checked against the files here.
-        footers: `footers.read_footers` of the data set.
+        config: the shuffle buffer and the threads. schema: what the files hold, see `footers.check_columns`.
+        footers: `footers.read_footers` of the data set, already checked against the schema.
         rank, world_size, batch_size: B rows for each of W ranks.
         seed: draws the order; unused without shuffle. shuffle: usually `config.shuffle`, False in evaluation.
         epochs: stop before the epoch of this number; None: never stop.
@@ -76,7 +77,7 @@ class Loader:
         pin_memory: batches in page-locked memory.
         transform: applied to every batch on the reader's thread.
 
-    Raises DataError if files and schema do not fit, or the cursor is of other data or another seed.
+    Raises DataError if the cursor is of other data or another seed.
 
     Attributes:
         wait_seconds: how long the consumer has been blocked in the current pass.
@@ -99,7 +100,6 @@ class Loader:
         pin_memory: bool = False,
         transform: Transform | None = None,
     ) -> None:
-        check_columns(footers, schema)
         self._schema = schema
         self._rank = rank
         self._config = config
@@ -113,7 +113,7 @@ class Loader:
         ]
         self._course = Course(
             [group.rows for group in self._groups],
-            fingerprint(footers),
+            functools.cache(lambda: fingerprint(footers)),
             world_size=world_size,
             batch_size=batch_size,
             shuffle_rows=config.shuffle_rows if shuffle else 0,
@@ -121,6 +121,7 @@ class Loader:
             epochs=epochs,
             cursor=cursor,
         )
+        self._arrow_schema = footers[0].arrow_schema
         self.wait_seconds = 0.0
         self.counts = PolicyCounts()
         self._reader: _Reader | None = None
@@ -130,19 +131,6 @@ class Loader:
         """Batches from this loader's start to its end, the same on every rank; None if it is endless."""
         return self._course.batches_left
 
-    @property
-    def start_epoch(self) -> int:
-        """The epoch of the first batch, from 0."""
-        return self._course.at(0)[0].epoch
-
-    def batches_of_epoch(self, epoch: int) -> int:
-        """Batches that this loader deals of an epoch: fewer in the first after a resume, 0 in those before it."""
-        return self._course.batches_of_epoch(epoch)
-
-    def epoch_of(self, batch: int) -> int:
-        """The epoch of the batch-th batch since this loader's start."""
-        return self._course.at(batch)[0].epoch
-
     def examples(self, batches_finished: int) -> int:
         """Rows dealt to all ranks together since the first epoch began, when that many batches are finished."""
         return self._course.rows_before(batches_finished)
@@ -151,7 +139,11 @@ class Loader:
         """In words, what is read and how much memory the rows in flight take."""
         total, config = sum(group.rows for group in self._groups), self._config
         buffer = f"shuffle buffer {config.shuffle_rows:,} rows" if self._shuffled else "no shuffle"
-        memory = block_megabytes(self._schema, self._course.at(0)[0].block_rows)
+        phase = self._course.at(0)[0]
+        in_memory = sorted(group.rows for group in self._groups)[-1 - config.decode_threads :]
+        block_rows = min(phase.block_rows, phase.num_batches * phase.batch_size)
+        is_remote = any(_is_remote(group.path) for group in self._groups)
+        memory = megabytes(self._schema, self._arrow_schema, block_rows, sum(in_memory), is_remote)
         return f"data: {total:,} rows in {len(self._groups):,} row groups; {buffer}, about {memory:,.0f} MB per rank"
 
     def cursor(self, batches_finished: int) -> dict[str, Any]:
@@ -200,12 +192,36 @@ class Loader:
             self._reader = None
 
 
-def block_megabytes(schema: Schema, rows: int) -> float:
-    """Estimated megabytes of a block of `rows` rows as it is assembled: its columns in file order and as batches."""
+def megabytes(schema: Schema, arrow: pa.Schema, block_rows: int, decoded_rows: int, is_remote: bool) -> float:
+    """Estimated megabytes that a loader takes; measured, within a quarter.
+
+    arrow: types in the files. block_rows: of a block; there is the one being dealt, the next one as batches, and its
+    columns in file order. decoded_rows: of all row groups in memory at a time. is_remote: see `decode`'s at_once.
+    """
     ids = sum(column.mean_length for column in schema.sparse.values())
-    per_id = id_dtype(schema).itemsize + (4 if schema.is_weighted else 0)
-    numbers = 4 * (len(schema.dense) + len(schema.labels) + len(schema.sparse) + 1) + 8 * len(schema.groups)
-    return 2 * rows * (ids * per_id + numbers) / 1e6
+    numbers = 4 * (len(schema.dense) + len(schema.labels) + 1) + 8 * len(schema.groups)
+    row = numbers + ids * (id_dtype(schema).itemsize + (4 if schema.is_weighted else 0))
+    in_block = 3 * row + 4 * len(schema.dense)  # dense columns are turned into rows on the way
+    if not all(is_fixed(column) for column in schema.sparse.values()):
+        in_block += row - numbers + 24 * len(schema.sparse)  # bags in the order dealt, lengths and ends
+    decoded = sum(_width(arrow.field(name).type, _mean_length(schema, name)) for name in schema.columns())
+    decoded *= decoded_rows
+    pages = decoded if is_remote else min(decoded, 16 * DECODED_VALUES)
+    return _KEPT * (block_rows * in_block + decoded + pages) / 1e6
+
+
+def _width(kind: pa.DataType, mean_length: float) -> float:
+    """Bytes that a decoded value takes; lists are of that mean length."""
+    return 4 + mean_length * _width(kind.value_type, 0) if is_list(kind) else kind.bit_width / 8
+
+
+def _mean_length(schema: Schema, name: str) -> float:
+    """Of the lists in a Parquet column of ids or of their weights."""
+    return max([c.mean_length for key, c in schema.sparse.items() if name in (key, c.weights)], default=0.0)
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path
 
 
 @dataclass(frozen=True)
@@ -236,7 +252,9 @@ class _Reader:
         builder: BatchBuilder,
         transform: Transform | None,
     ) -> None:
-        self.channel: Channel[tuple[Batch, PolicyCounts]] = Channel(config.read_ahead)
+        # a block's batches: the next block is assembled while the trainer goes through the one that waits here
+        phase = course.at(0)[0]
+        self.channel: Channel[tuple[Batch, PolicyCounts]] = Channel(phase.block_rows // phase.batch_size)
         self._course, self._groups, self._schema, self._rank = course, groups, schema, rank
         self._builder, self._transform = builder, transform
         self._ahead = config.decode_threads
@@ -305,8 +323,8 @@ class _Reader:
     def _decode(self, group: int) -> pa.Table:
         here = self._groups[group]
         try:
-            table = decode(self._open(here.path), here.index, self._schema)
-        except (pa.ArrowInvalid, OSError) as error:
+            table = decode(self._open(here.path), here.index, self._schema, at_once=_is_remote(here.path))
+        except (pa.ArrowException, OSError, IndexError) as error:
             raise DataError(
                 f"{here.path}: row group {here.index} cannot be read ({' '.join(str(error).split())}); if the storage "
                 "is well, the file is damaged: write it again or remove it"

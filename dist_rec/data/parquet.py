@@ -13,6 +13,8 @@ from dist_rec.data.footers import DataError
 from dist_rec.data.ids import Ids, Locate, PolicyCounts, Ragged, primitive
 from dist_rec.data.schema import DenseColumn, GroupColumn, LabelColumn, Schema, SparseColumn
 
+DECODED_VALUES = 2**20  # of flat columns, in one call
+
 
 @dataclass(frozen=True)
 class Place:
@@ -78,9 +80,18 @@ class Columns:
         )
 
 
-def decode(file: pq.ParquetFile, row_group: int, schema: Schema) -> pa.Table:
-    """The schema's columns of one row group, on the calling thread."""
-    return file.read_row_group(row_group, columns=schema.columns(), use_threads=False)
+def decode(file: pq.ParquetFile, row_group: int, schema: Schema, at_once: bool = False) -> pa.Table:
+    """The schema's columns of one row group, on the calling thread.
+
+    pyarrow keeps the pages of all columns of a call until its end, which takes twice the memory of the result. A large
+    row group is therefore read by few columns at a time, unless `at_once`: on an object store each call has to wait.
+    """
+    names, rows = schema.columns(), file.metadata.row_group(row_group).num_rows
+    step = len(names) if at_once else max(DECODED_VALUES // max(rows, 1), 1)
+    parts = [names[i : i + step] for i in range(0, len(names), step)]
+    tables = [file.read_row_group(row_group, columns=part, use_threads=False) for part in parts]
+    columns = {name: table.column(name) for table, part in zip(tables, parts, strict=True) for name in part}
+    return pa.table(columns)
 
 
 def convert(table: pa.Table, schema: Schema, into: Columns, at: int, counts: PolicyCounts, place: Place) -> None:

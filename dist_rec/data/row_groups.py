@@ -16,7 +16,7 @@ that goes on with other settings (another number of ranks) begins a new phase of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -227,15 +227,15 @@ def _sorted_rows(pieces: tuple[Piece, ...]) -> tuple[np.ndarray, np.ndarray | No
 class Course:
     """All batches of one run over the data, from its start or from a cursor on; the same on every rank.
 
-    sizes: rows of each row group. data: `footers.fingerprint`. epochs: number of the epoch before which to stop, None
-    for no end. cursor: what `cursor` returned, possibly in a run with other settings; DataError if it is from other
-    data, another seed, or a numpy that shuffles differently.
+    sizes: rows of each row group. data: makes `footers.fingerprint`; called when a cursor is read or written. epochs:
+    number of the epoch before which to stop, None for no end. cursor: what `cursor` returned, possibly in a run with
+    other settings; DataError if it is from other data, another seed, or a numpy that shuffles differently.
     """
 
     def __init__(
         self,
         sizes: Sequence[int],
-        data: dict[str, int | str],
+        data: Callable[[], dict[str, int | str]],
         *,
         world_size: int,
         batch_size: int,
@@ -255,7 +255,7 @@ class Course:
             self._start, self._skip = self._resume(cursor)
 
     def _resume(self, cursor: dict[str, Any]) -> tuple[Phase, int]:
-        _check_cursor(cursor, self._data, self._fresh.seed)
+        _check_cursor(cursor, self._data(), self._fresh.seed)
         old, finished = phase_from_json(cursor), cursor["finished"]
         if finished == 0 and old.number == 0:
             return replace(self._fresh, epoch=old.epoch), 0
@@ -271,13 +271,7 @@ class Course:
         if self.epochs is None:
             return None
         later = self.epochs - self._start.epoch - 1
-        return 0 if later < 0 else self.batches_of_epoch(self._start.epoch) + later * self._fresh.num_batches
-
-    def batches_of_epoch(self, epoch: int) -> int:
-        """Batches of every rank that are still to come in an epoch; 0 for those that are over."""
-        if epoch < self._start.epoch or (self.epochs is not None and epoch >= self.epochs):
-            return 0
-        return self._start.num_batches - self._skip if epoch == self._start.epoch else self._fresh.num_batches
+        return 0 if later < 0 else self._start.num_batches - self._skip + later * self._fresh.num_batches
 
     def at(self, batch: int) -> tuple[Phase, int]:
         """The phase of the batch-th batch of this run and which batch of that phase it is, both from 0."""
@@ -309,7 +303,7 @@ class Course:
     def cursor(self, batches_finished: int) -> dict[str, Any]:
         """JSON-able: where to go on when that many batches of this run are finished on every rank."""
         phase, finished = self.at(batches_finished)
-        return {"version": _CURSOR_VERSION, "finished": finished, **_phase_to_json(phase), "data": self._data,
+        return {"version": _CURSOR_VERSION, "finished": finished, **_phase_to_json(phase), "data": self._data(),
                 "shuffle_probe": _shuffle_probe()}  # fmt: skip
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dist_rec.data.footers import read_footers
+from dist_rec.data.footers import check_columns, read_footers
 from dist_rec.data.loader import DataConfig, Loader
 from dist_rec.data.schema import DenseColumn, LabelColumn, Schema, SparseColumn
 
@@ -55,13 +55,32 @@ def decode(folder: Path) -> int:
     return sum(file.read_row_group(i, columns, use_threads=False).num_rows for i in range(file.num_row_groups))
 
 
+def loader(folder: Path, shuffle: bool, batch_size: int, epochs: int | None = 1) -> Loader:
+    """A loader over the file."""
+    footers = read_footers(str(folder))
+    check_columns(footers, schema())
+    return Loader(DataConfig(str(folder), batch_size), schema(), footers, rank=0, world_size=1, batch_size=batch_size,
+                  seed=0, shuffle=shuffle, epochs=epochs)  # fmt: skip
+
+
 def load(folder: Path, shuffle: bool, batch_size: int) -> int:
     """Runs through one epoch of batches."""
-    footers = read_footers(str(folder))
-    config = DataConfig(train=str(folder), batch_size=batch_size)
-    loader = Loader(config, schema(), footers, rank=0, world_size=1, batch_size=batch_size, seed=0, shuffle=shuffle,
-                    epochs=1)  # fmt: skip
-    return batch_size * sum(1 for _ in loader)
+    return batch_size * sum(1 for _ in loader(folder, shuffle, batch_size))
+
+
+def wait(folder: Path, batch_size: int, step_seconds: float, steps: int) -> tuple[float, float]:
+    """(share of the time that a consumer with such steps waits for batches, the longest wait in seconds)."""
+    batches = loader(folder, True, batch_size, epochs=None)
+    iterator = iter(batches)
+    next(iterator)
+    first = before = batches.wait_seconds
+    began, longest = time.perf_counter(), 0.0
+    for _ in range(steps):
+        time.sleep(step_seconds)
+        next(iterator)
+        longest, before = max(longest, batches.wait_seconds - before), batches.wait_seconds
+    batches.close()
+    return (before - first) / (time.perf_counter() - began), longest
 
 
 def main() -> None:
@@ -85,6 +104,8 @@ def main() -> None:
             "loader, shuffle": lambda: load(folder, True, args.batch_size),
         }
         report(arms, args.rows, args.rounds)
+        share, longest = wait(folder, 512, 0.004, 1500)
+        print(f"a consumer with 512 rows per 4 ms waits {share:.2%} of its time, {longest * 1e3:.0f} ms at the most")
 
 
 def report(arms: dict[str, Callable[[], int]], rows: int, rounds: int) -> None:

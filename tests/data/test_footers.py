@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dist_rec.data.footers import DataError, check_columns, find_files, fingerprint, read_footers
+from dist_rec.data.footers import DataError, check_columns, find_files, fingerprint, open_file, read_footers
 from dist_rec.data.schema import DenseColumn, GroupColumn, LabelColumn, Schema, SparseColumn, WeightColumn
 
 
@@ -44,6 +44,33 @@ def test_broken_files_are_named(tmp_path):
         (tmp_path / "bad.parquet").write_bytes(content)
         with pytest.raises(DataError, match=rf"bad.parquet: .*{message}"):
             read_footers(str(tmp_path))
+
+
+def test_a_damaged_footer_is_named(tmp_path):
+    """Whatever bytes of the footer are wrong: an error that names the file, or none."""
+    write(tmp_path / "good.parquet")
+    whole = (tmp_path / "good.parquet").read_bytes()
+    size = int.from_bytes(whole[-8:-4], "little")
+    refused = []
+    for at in range(len(whole) - 8 - size, len(whole), 7):
+        (tmp_path / "bad.parquet").write_bytes(whole[:at] + b"\xff" * 7 + whole[at + 7 :])
+        try:
+            read_footers(str(tmp_path / "bad.parquet"))
+        except DataError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert all("bad.parquet: " in text and "write it again or remove it" in text for text in refused)
+
+
+def test_what_the_storage_refuses_is_named(monkeypatch):
+    class Refusing:
+        def get_file_info(self, path):
+            raise OSError("When getting information for key: AWS Error ACCESS_DENIED")
+
+    monkeypatch.setattr("dist_rec.data.footers._file_system", lambda path: (Refusing(), "bucket/train"))
+    for call in (read_footers, open_file):
+        with pytest.raises(DataError, match=r"s3://bucket/train: cannot be read .*ACCESS_DENIED.*credentials"):
+            call("s3://bucket/train")
 
 
 def test_files_without_rows(tmp_path):

@@ -4,6 +4,9 @@ import dataclasses
 import gc
 import itertools
 import os
+import re
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -16,7 +19,7 @@ import pytest
 import torch
 
 from dist_rec.data.footers import DataError, read_footers
-from dist_rec.data.loader import DataConfig, Loader, block_megabytes
+from dist_rec.data.loader import DataConfig, Loader
 from dist_rec.data.read_ahead import DaemonPool, RowGroupCache
 from dist_rec.data.schema import DenseColumn, GroupColumn, LabelColumn, Schema, SparseColumn, WeightColumn
 
@@ -71,7 +74,7 @@ MIXED = dataclasses.replace(
 
 
 def load(folder, schema=FIXED, *, shuffle=True, shuffle_rows=64, batch_size=16, rank=0, world_size=1, epochs=1, **more):
-    config = DataConfig(train=folder, batch_size=batch_size, shuffle_rows=shuffle_rows, read_ahead=3)
+    config = DataConfig(train=folder, batch_size=batch_size, shuffle_rows=shuffle_rows)
     return Loader(config, schema, read_footers(folder), rank=rank, world_size=world_size, batch_size=batch_size, seed=5,
                   shuffle=shuffle, epochs=epochs, **more)  # fmt: skip
 
@@ -118,7 +121,7 @@ def test_every_value_of_every_row_once(folder, schema, shuffle, world_size, batc
         for batch in batches:
             check(batch, schema, batch_size)
             seen += rows_of(batch)
-        counts |= {len(batches), loader.batches_left, loader.batches_of_epoch(0)}
+        counts |= {len(batches), loader.batches_left}
     assert sorted(seen) == list(range(ROWS)) and len(counts) == 1
     assert (seen == list(range(ROWS))) == (not shuffle)
 
@@ -162,9 +165,8 @@ def test_epochs_differ_and_iterating_again_repeats(folder):
     loader = load(folder, epochs=2)
     rows = [rows_of(batch) for batch in loader]
     assert [rows_of(batch) for batch in loader] == rows
-    half = loader.batches_of_epoch(0)
+    half = len(rows) // 2
     assert rows[:half] != rows[half:] and sorted(flat(rows[:half])) == sorted(flat(rows[half:]))
-    assert [loader.epoch_of(i) for i in (0, half - 1, half)] == [0, 0, 1]
 
 
 def test_batches_of_a_block_do_not_change_under_the_consumer(folder):
@@ -205,13 +207,41 @@ def test_a_file_that_changes_under_the_run_is_noticed(tmp_path):
     with pytest.raises(DataError, match="has 20 rows, had 50 when the run began"):
         list(loader)
     (tmp_path / "a.parquet").unlink()
-    with pytest.raises((DataError, FileNotFoundError)):
+    with pytest.raises(DataError, match=r"a.parquet: cannot be read .*correct the path"):
+        list(loader)
+    pq.write_table(table(0, 50), tmp_path / "a.parquet", row_group_size=25)
+    loader = load(str(tmp_path))
+    pq.write_table(table(0, 25), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="row group 1 cannot be read"):
         list(loader)
 
 
-def test_files_that_do_not_fit_are_refused_at_once(folder):
-    with pytest.raises(DataError, match=r"'row_idd' .* is missing; did you mean 'row_id'"):
-        load(folder, dataclasses.replace(FIXED, sparse={"row_idd": SparseColumn(5)}))
+def test_one_block_is_ready_while_the_one_before_is_consumed_and_no_more(folder):
+    assembled = []
+
+    def note(batch, number):
+        assembled.append(number)
+        return batch
+
+    per_block = 20
+    loader = load(folder, batch_size=4, shuffle_rows=4 * per_block, epochs=None, transform=note)
+    for i, _ in enumerate(loader):
+        if i == 2 * per_block + per_block // 2:  # in the middle of a block
+            break
+        assert len(assembled) - i <= per_block + 2 * 4 + 1
+        deadline = time.monotonic() + 5
+        while len(assembled) - i < per_block and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(assembled) - i >= per_block
+
+
+def test_a_fingerprint_is_made_once_and_only_for_cursors(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr("dist_rec.data.loader.fingerprint", lambda footers: calls.append(footers) or {"rows": ROWS})
+    loader = load(folder)
+    list(loader)
+    assert not calls
+    assert loader.cursor(1)["data"] == loader.cursor(2)["data"] == {"rows": ROWS} and len(calls) == 1
 
 
 def threads():
@@ -292,17 +322,53 @@ def test_wait_is_counted(folder):
     assert loader.wait_seconds > 0
 
 
-def test_config_complaints_and_memory():
-    bad = DataConfig(train="x", batch_size=0, eval_batch_size=0, shuffle_rows=0, read_ahead=0, decode_threads=0)
+def test_config_complaints():
+    bad = DataConfig(train="x", batch_size=0, eval_batch_size=0, shuffle_rows=0, decode_threads=0)
     assert [c.key for c in bad.check()] == [
         "batch_size",
         "eval_batch_size",
         "shuffle_rows",
-        "read_ahead",
         "decode_threads",
     ]
     assert not list(DataConfig(train="x", batch_size=1).check())
-    assert 5 < block_megabytes(FIXED, 131072) < 20
+
+
+_MEMORY = """
+import sys
+from pathlib import Path
+from dist_rec.data.footers import read_footers
+from dist_rec.data.loader import DataConfig, Loader
+from scripts.bench.loader import schema, write
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+
+def load(folder, rows, row_group, batches):
+    folder = Path(sys.argv[1]) / folder
+    folder.mkdir()
+    write(folder, rows, row_group)
+    loader = Loader(DataConfig(str(folder), 1024), schema(), read_footers(str(folder)), rank=0, world_size=1,
+                    batch_size=1024, seed=0, shuffle=True, epochs=None)
+    before = peak = resident()
+    for i, _ in enumerate(loader):
+        peak = max(peak, resident())
+        if i == batches:
+            break
+    return peak - before, loader.describe()
+
+load("small", 3000, 1000, 5)  # what libraries take when they are first used
+print(*load("large", 600_000, ROW_GROUP, 1500), sep="|")
+"""
+
+
+@pytest.mark.parametrize("row_group", [200_000, 30_000])
+def test_memory_is_what_is_said(tmp_path, row_group):
+    root = Path(__file__).parents[2]
+    code = _MEMORY.replace("ROW_GROUP", str(row_group))
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, check=True, capture_output=True)
+    grown, text = out.stdout.decode().strip().split("|")
+    said = float(re.search(r"about ([\d,]+) MB per rank", text)[1].replace(",", ""))
+    assert 0.7 < said / float(grown) < 1.4, f"grew by {grown} MB: {text}"
 
 
 def test_real_parquet():
