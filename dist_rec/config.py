@@ -18,9 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dist_rec.data.loader import DataConfig
 from dist_rec.data.schema import Schema
-from dist_rec.embeddings.sharding import ShardingConfig, check_kernels, check_splittable
+from dist_rec.embeddings.sharding import ShardingConfig, check_columns, check_kernels, check_splittable
 from dist_rec.embeddings.tables import EmbeddingsConfig, make_tables
 from dist_rec.metrics.compute import MetricsConfig
+from dist_rec.metrics.compute import names as metric_names
 from dist_rec.settings import COMPONENT, Choice, Complaint, ConfigError, gather, parse
 from dist_rec.training.checkpoint import CheckpointConfig
 from dist_rec.training.evaluation import EvaluateConfig
@@ -80,7 +81,8 @@ class RunConfig:
         if self.optim:
             yield from gather("optim", self.optim.check(device))
         if self.train and self.data:
-            yield from gather("train", self.train.check(has_validation=self.data.validation is not None))
+            known = metric_names(self.schema, self.metrics) if self.schema and self.metrics else None
+            yield from gather("train", self.train.check(self.data.validation is not None, known))
         if self.schema and not list(self.schema.check()):
             yield from self._check_with_schema(self.schema, device)
 
@@ -96,6 +98,8 @@ class RunConfig:
             sets = self.model.table_sets(schema)
             yield from gather("embeddings", self.embeddings.check(sets, schema))
             tables = make_tables(sets, schema, self.embeddings)
+            if self.sharding:
+                yield from gather("sharding", check_columns(tables, self.sharding))
             if self.optim:
                 yield from gather("embeddings", check_splittable(tables, self.optim.tables.name))
             yield from gather("embeddings", check_kernels(tables, device))
@@ -163,12 +167,17 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
     return OmegaConf.from_dotlist(list(overrides))
 
 
-def to_yaml(config: RunConfig) -> str:
-    """The resolved config, loadable again by `load`."""
+def to_mapping(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain values, accepted again by `from_mapping`."""
     values = asdict(config)
     for key in ("model", "objective"):
         values[key] = {"name": _name_of(getattr(config, key)), **values[key]}
-    return yaml.safe_dump(values, sort_keys=False)
+    return values
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config, loadable again by `load`."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False)
 
 
 def _name_of(component: Any) -> str:

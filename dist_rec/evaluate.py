@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dist_rec.config import RunConfig
+from dist_rec.data.ids import describe_policies
 from dist_rec.data.schema import Schema
 from dist_rec.job import JobData, load_config, run_entry
 from dist_rec.metrics.rows import Rows
@@ -54,14 +55,16 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     checkpointer.load(checkpoint, parts.model, None)
     loader = data.once(split)
     groups = list(config.schema.groups) if config.evaluate.predictions else None
-    metrics, rows = evaluate(parts.model, loader, config.schema, config.metrics, runtime, groups)
-    result = {"step": checkpoint.step, "split": split, "metrics": metrics}
-    if rows is not None:
+    found = evaluate(parts.model, loader, config.schema, config.metrics, runtime, groups)
+    result = {"step": checkpoint.step, "split": split, "metrics": found.metrics, "data_policies": found.policies}
+    if found.rows is not None:
         (folder / f"evaluation-{split}.json").write_text(to_json(result, indent=1))
         print(f"step {checkpoint.step}, {checkpoint.path}")
-        print(format_table({split: metrics}))
+        print(format_table({split: found.metrics}))
+        if found.policies:
+            print(describe_policies(found.policies))
         if config.evaluate.predictions:
-            write_predictions(rows, config.schema, Path(config.evaluate.predictions))
+            write_predictions(found.rows, config.schema, Path(config.evaluate.predictions))
     return result
 
 

@@ -42,7 +42,8 @@ class DensePart(nn.Module):
         output = output._replace(predictions=output.predictions.float())
 
         def encode(view: str) -> Tensor:
-            return self.arch.encode(batch, tables, view)
+            with torch.autocast(batch.dense.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+                return self.arch.encode(batch, tables, view)
 
         terms: dict[str, Tensor] = {}
         for part in (self.objective, *self.auxiliaries.values()):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dist_rec import versions
-from dist_rec.config import RunConfig, to_yaml
+from dist_rec.config import RunConfig, to_mapping, to_yaml
+from dist_rec.data.ids import describe_policies
 from dist_rec.embeddings.sharding import describe, sharding_types
 from dist_rec.job import JobData, load_config, run_entry
 from dist_rec.recommender import distribute
 from dist_rec.training.checkpoint import Checkpointer, CheckpointError, check_reshardable
-from dist_rec.training.evaluation import evaluate
+from dist_rec.training.compatible import check_compatible
+from dist_rec.training.evaluation import Evaluation, evaluate
 from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime, process
 from dist_rec.training.trainer import Trainer
@@ -47,7 +49,9 @@ class _Training:
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         self.folder = Path(config.run.dir)
+        self.started = time.perf_counter()
         self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint, runtime)
+        self.checkpointer.check_shared()
         self.checkpoint = self.checkpointer.latest()
         if self.checkpoint is not None and config.checkpoint.resume == "never":
             raise CheckpointError(
@@ -57,6 +61,7 @@ class _Training:
         self.data = JobData(config, runtime)
         saved, cursor = None, None
         if self.checkpoint is not None:
+            check_compatible(self.checkpoint.meta["config"], to_mapping(config))
             saved, cursor = self.checkpoint.meta["plan"], self.checkpoint.meta["cursor"]
         self.parts = distribute(config, runtime, saved)
         if saved is not None:
@@ -68,12 +73,14 @@ class _Training:
         config, is_main = self.config, self.runtime.is_main
         reporter = Reporter(self.folder, total_steps=total_steps, is_main=is_main, config=config.report)
         try:
-            if is_main:
-                self._write_folder(reporter)
             trainer = self._trainer(reporter, total_steps)
             if self.checkpoint is not None:
                 trainer.resume(self.checkpoint)
-                reporter.truncate_after(self.checkpoint.step)
+            if is_main:  # not before: a resume that is refused must leave the folder as it describes its checkpoints
+                self._write_folder(reporter)
+            if self.checkpoint is not None:
+                p = trainer.progress
+                reporter.resume(p.step, p.examples, p.seconds, p.wait_seconds)
                 reporter.line(
                     f"continuing after step {self.checkpoint.step} from {self.checkpoint.path}, "
                     f"written by {self.checkpoint.meta['world_size']} rank(s)"
@@ -101,7 +108,13 @@ class _Training:
 
     def _trainer(self, reporter: Reporter, total_steps: int) -> Trainer:
         config = self.config
-        facts = {"plan": sharding_types(self.parts.plan), "config": asdict(config), "versions": versions.installed()}
+        rule = config.train.early_stopping
+        facts = {
+            "plan": sharding_types(self.parts.plan),
+            "config": to_mapping(config),
+            "judged_by": [rule.metric if rule is not None else None, config.data.validation],
+            "versions": versions.installed(),
+        }
         return Trainer(
             model=self.parts.model,
             optimizer=self.parts.optimizer,
@@ -116,38 +129,40 @@ class _Training:
             total_steps=total_steps,
             report_every=config.report.every,
             checkpoint_every=config.checkpoint.every,
+            started=self.started,
             facts=facts,
         )
 
-    def _finish(self, trainer: Trainer, validation: dict[str, float] | None, reporter: Reporter) -> dict[str, Any]:
-        p, splits = trainer.progress, {"train": trainer.window_metrics()}
-        if validation is not None:
-            splits["validation"] = validation
+    def _finish(self, trainer: Trainer, validation: Evaluation | None, reporter: Reporter) -> dict[str, Any]:
+        metrics, policies = {"train": trainer.window_metrics()}, {"train": trainer.policies()}
+        found = {"validation": validation} if validation is not None else {}
         test = self.data.split("test")
         if test is not None:
-            splits["test"], _ = evaluate(
-                self.parts.model, test(), self.config.schema, self.config.metrics, self.runtime
-            )
-            reporter.evaluation(p.step, p.examples, "test", splits["test"])
-        policies = self.data.counts(self.loader)
-        if policies:
-            listing = ", ".join(f"{key} {count:,}" for key, count in sorted(policies.items()))
-            reporter.line(f"values that a column's policy replaced or dropped in this run: {listing}")
-        result = {
-            "metrics": splits,
+            config = self.config
+            found["test"] = evaluate(self.parts.model, test(), config.schema, config.metrics, self.runtime)
+            reporter.evaluation(trainer.progress.step, trainer.progress.examples, "test", found["test"].metrics)
+        for split, result in found.items():
+            metrics[split], policies[split] = result.metrics, result.policies
+        for split, counts in policies.items():
+            if counts:
+                reporter.line(f"{split}: {describe_policies(counts)}")
+        p = trainer.measured()
+        summary = {
+            "metrics": metrics,
             "step": p.step,
             "best_step": p.best_step,
             "examples": p.examples,
             "examples_per_second": p.examples / p.seconds if p.seconds else 0.0,
             "data_wait_share": p.wait_seconds / p.seconds if p.seconds else 0.0,
-            "wall_seconds": p.seconds,
+            "train_seconds": p.seconds,
+            "wall_seconds": p.wall_seconds,
             "world_size": self.runtime.world_size,
             "device": self.runtime.device.type,
             "data_policies": policies,
             "versions": versions.installed(),
         }
-        reporter.finish(result)
-        return result
+        reporter.finish(summary)
+        return summary
 
 
 def _main(arguments: Sequence[str]) -> None:

@@ -90,6 +90,6 @@ def reports(folder: Path, split: str | None = None) -> list[dict[str, Any]]:
 
 def rows_trained(checkpoint: Checkpoint) -> Counter[int]:
     """Row -> how often it was trained on, by the window of the metrics, which must have kept group "row" and all."""
-    states = [torch.load(p, weights_only=True)["own"] for p in checkpoint.path.glob("rank-*.pt")]
+    states = [torch.load(p, weights_only=True)["own"]["window"] for p in checkpoint.path.glob("rank-*.pt")]
     # padding rows have weight 0, the last of the stored values
     return Counter(int(r) for s in states for r in s["group.row"][s["values"][:, -1] > 0])

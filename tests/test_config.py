@@ -252,7 +252,7 @@ def test_a_file_that_is_no_config_is_named(tmp_path, content, message):
         {},
         {"model": {"name": "dcn"}, "objective": {"name": "bce", "label_weights": {"click": 2.0}}},
         {
-            "train": {"early_stopping": {"metric": "auc", "mode": "max"}, "eval_every": 5},
+            "train": {"early_stopping": {"metric": "auc"}, "eval_every": 5},
             "data": {"validation": "v", "synthetic": {"rows": 10}},
             "schema": {"weight": {"column": "w"}, "sparse": {"user": {"out_of_range": "reserved"}}},
             "embeddings": {"tables": {"main_user": {"sharding": "row_wise"}}},

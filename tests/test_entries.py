@@ -138,13 +138,13 @@ def test_the_run_folder(data, tmp_path):
     for line in lines:
         pace = {"examples_per_second", "data_wait_share"} if line["split"] == "train" else set()
         assert set(line) == {"step", "examples", "split", "metrics"} | pace
-        assert set(line["metrics"]) == expected
+        assert set(line["metrics"]) == expected | ({"loss/bce"} if line["split"] == "train" else set())
     assert [line["examples"] for line in lines if line["split"] == "train"] == [96, 192, 288, ROWS]
 
     result = json.loads((folder / "result.json").read_text())
     assert set(result) == {
-        "metrics", "step", "best_step", "examples", "examples_per_second", "data_wait_share", "wall_seconds",
-        "world_size", "device", "data_policies", "versions",
+        "metrics", "step", "best_step", "examples", "examples_per_second", "data_wait_share", "train_seconds",
+        "wall_seconds", "world_size", "device", "data_policies", "versions",
     }  # fmt: skip
     assert (result["step"], result["examples"], result["world_size"], result["device"]) == (steps, ROWS, 2, "cpu")
     assert {split: set(m) for split, m in result["metrics"].items()} == dict.fromkeys(

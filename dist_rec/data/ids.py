@@ -6,7 +6,7 @@ Everything is vectorised over one slice of one row group; n is its number of row
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,12 @@ PolicyCounts = Counter[str]
 
 Locate = Callable[[int], str]
 """Row of the slice -> where it lies, in words."""
+
+
+def describe_policies(counts: Mapping[str, int]) -> str:
+    """Policy counts in one sentence."""
+    listing = ", ".join(f"{key} {count:,}" for key, count in sorted(counts.items()))
+    return f"values that a column's policy replaced or dropped: {listing}"
 
 
 class Ragged(NamedTuple):

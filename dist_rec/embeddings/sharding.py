@@ -114,6 +114,14 @@ def check_kernels(tables: list[Table], device_type: str) -> Iterator[Complaint]:
             yield Complaint("kernel", text)
 
 
+def check_columns(tables: list[Table], config: ShardingConfig) -> Iterator[Complaint]:
+    """The narrowest shard must divide every table that is split by columns."""
+    for table in tables:
+        if config.min_columns is not None and table.sharding in SPLITS_COLUMNS and table.width % config.min_columns:
+            text = f"is {config.min_columns}, which does not divide the {table.width} columns of table '{table.name}'"
+            yield Complaint("min_columns", text)
+
+
 def check_splittable(tables: list[Table], table_optimizer: str) -> Iterator[Complaint]:
     """A table split by columns has one row-wise Adagrad state per shard: it would not train as the unsharded table."""
     if table_optimizer != "rowwise_adagrad":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -12,6 +13,11 @@ from dist_rec.data.schema import LabelColumn, Schema
 from dist_rec.metrics.binary import auc, calibration, grouped_auc, log_loss, normalized_entropy
 from dist_rec.metrics.rows import Rows
 from dist_rec.settings import Complaint
+
+_log = logging.getLogger(__name__)
+
+_BINARY = ("ne", "log_loss", "auc", "calibration")
+_REAL = ("mse", "calibration")
 
 MAX_VALUES = 1000
 """Distinct values of a group in `by`; more are certainly ids, which nobody would read as columns of a report."""
@@ -45,16 +51,33 @@ class MetricsConfig:
             yield Complaint("window_rows", f"is {self.window_rows}; a metric needs at least one row")
 
 
+def names(schema: Schema, config: MetricsConfig) -> list[str]:
+    """The names of the metrics of all rows together, as `compute` gives them."""
+    result = []
+    for label, declared in schema.labels.items():
+        prefix = f"{label}/" if len(schema.labels) > 1 else ""
+        real = declared.kind == "real"
+        kinds = _REAL if real else (*_BINARY, *(f"gauc/{group}" for group in config.grouped_auc))
+        result += [f"{prefix}{kind}" for kind in kinds]
+    return result
+
+
+def direction(name: str) -> int:
+    """1 if a higher value of a metric is better, -1 if a lower one is, 0 if neither (calibration: 1 is best)."""
+    parts = name.split("/")
+    if "auc" in parts or "gauc" in parts:
+        return 1
+    return 0 if "calibration" in parts else -1
+
+
 def compute(rows: Rows, schema: Schema, config: MetricsConfig) -> dict[str, float]:
     """Every metric of `rows`.
 
     Keys, for one label: "ne", "log_loss", "auc", "calibration", "gauc/<group>" for each of `config.grouped_auc`, then
     each of these again with "/<group>=<value>" at its end for each of `config.by` ("auc/domain=3"). With several
     labels each key begins with "<label>/". A label of kind real has "mse" and "calibration" of the raw predictions.
-    What the rows cannot define is nan (see `binary.py`), and without rows everything is.
-
-    Raises:
-        ValueError: if a group in `config.by` has more than MAX_VALUES values.
+    What the rows cannot define is nan (see `binary.py`), and without rows everything is. A group in `config.by` with
+    more than MAX_VALUES values is left out with a warning: a report must not end a run.
     """
     result = {}
     parts = [("", np.arange(len(rows.weights)))]
@@ -98,9 +121,13 @@ def _split(name: str, group: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[n
     order = np.argsort(group, kind="stable")
     values, starts = np.unique(group[order], return_index=True)
     if len(values) > MAX_VALUES:
-        raise ValueError(
-            f"metrics.by names '{name}', which has {len(values)} values, more than the {MAX_VALUES} that a report "
-            "can hold; use metrics.grouped_auc for ids"
+        _log.warning(
+            "metrics.by names '%s', which has %d values here, more than the %d that a report can hold: it is left out; "
+            "use metrics.grouped_auc for ids",
+            name,
+            len(values),
+            MAX_VALUES,
         )
+        return
     for value, index in zip(values, np.split(order, starts[1:]), strict=True):
         yield int(value), index

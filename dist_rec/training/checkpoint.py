@@ -73,14 +73,23 @@ class Checkpoint:
 
 
 def find(folder: Path) -> list[Checkpoint]:
-    """The complete checkpoints in `folder`, oldest first. Incomplete ones are named in a warning and left alone."""
-    found = []
+    """The complete checkpoints in `folder`, oldest first. Incomplete ones are named in a warning and left alone.
+
+    Raises:
+        CheckpointError: there are checkpoints, but not one is complete: going on would silently start from nothing.
+    """
+    found, broken = [], []
     for path in sorted(folder.glob("step-*")):
         checkpoint = _read(path)
         if isinstance(checkpoint, Checkpoint):
             found.append(checkpoint)
         else:
+            broken.append(f"{path} ({checkpoint})")
             log.warning("checkpoint %s is not complete and is passed over: %s", path, checkpoint)
+    if broken and not found:
+        raise CheckpointError(
+            f"no checkpoint is complete: {'; '.join(broken)}. Remove them to start anew, or restore one"
+        )
     return found
 
 
@@ -108,10 +117,31 @@ class Checkpointer:
         self._config = config
         self._runtime = runtime
 
+    def check_shared(self) -> None:
+        """Raises CheckpointError if the ranks do not all see the same folder, before anything is trained."""
+        runtime, probe = self._runtime, self.folder / f".probe-{os.getpid()}"
+        if runtime.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        seen = runtime.total({"": int((self.folder / runtime.broadcast(probe.name)).exists())})[""]
+        if runtime.is_main:
+            probe.unlink()
+        if seen < runtime.world_size:
+            raise CheckpointError(_not_shared(self.folder, f"{runtime.world_size - seen} rank(s) do not see it"))
+
     def latest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, as rank 0 sees it."""
-        found = find(self.folder) if self._runtime.is_main else []
-        return self._runtime.broadcast(found[-1] if found else None)
+        """The newest complete checkpoint, as rank 0 sees it; CheckpointError on every rank if all are damaged."""
+        answer: Checkpoint | CheckpointError | None = None
+        if self._runtime.is_main:
+            try:
+                found = find(self.folder)
+                answer = found[-1] if found else None
+            except CheckpointError as error:
+                answer = error
+        answer = self._runtime.broadcast(answer)
+        if isinstance(answer, CheckpointError):
+            raise answer
+        return answer
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of step `step`; raises CheckpointError if it is not complete."""
@@ -151,6 +181,13 @@ class Checkpointer:
             file.flush()
             os.fsync(file.fileno())
         dist.barrier(group=runtime.control)
+        problem = None
+        if runtime.is_main:
+            missing = [name for name in _expected(temporary, runtime.world_size) if not (temporary / name).is_file()]
+            problem = _not_shared(self.folder, f"{', '.join(missing[:3])} did not arrive") if missing else None
+        problem = runtime.broadcast(problem)
+        if problem is not None:
+            raise CheckpointError(problem)
         if runtime.is_main:
             self._commit(temporary, step, meta)
             self._retain(best_step)
@@ -163,11 +200,13 @@ class Checkpointer:
             json.dump(whole, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        final = self.folder / _name(step)
-        if final.exists():  # an incomplete or older one of the same step
-            shutil.rmtree(final)
+        final, old = self.folder / _name(step), self.folder / f".{_name(step)}.old.tmp"
+        if final.exists():  # an incomplete one of the same step, or one of an attempt that the run folder forgot
+            final.rename(old)
         temporary.rename(final)
         _sync_folder(self.folder)
+        if old.exists():
+            shutil.rmtree(old)
 
     def _retain(self, best_step: int | None) -> None:
         paths = [c.path for c in find(self.folder)]
@@ -180,8 +219,9 @@ class Checkpointer:
         """Loads weights and, if given, optimiser state; on another world size or plan the tables are resharded.
 
         Returns:
-            What the ranks of the saving run passed as `own`, as far as it falls to this rank: rank r of W reads those
-            of ranks r, r + W, ... On the same world size the random-number state is restored too.
+            Nothing without an optimiser, else what the ranks of the saving run passed as `own`, as far as it falls to
+            this rank: rank r of W reads those of ranks r, r + W, ... On the same world size the random-number state is
+            restored too.
 
         Raises:
             CheckpointError: the model differs, or the optimiser state of a table cannot follow a change of sharding.
@@ -197,16 +237,26 @@ class Checkpointer:
         model.load_state_dict(state["model"])
         if optimizer is not None:
             optimizer.finish_load(checkpoint.step)
-        return self._load_own(checkpoint, restore_rng=optimizer is not None)
+        return self._load_own(checkpoint) if optimizer is not None else []
 
-    def _load_own(self, checkpoint: Checkpoint, restore_rng: bool) -> list:
+    def _load_own(self, checkpoint: Checkpoint) -> list:
         runtime, saved = self._runtime, checkpoint.meta["world_size"]
         parts = []
         for rank in range(runtime.rank, saved, runtime.world_size):
             parts.append(torch.load(checkpoint.path / f"rank-{rank}.pt", weights_only=True))
-        if restore_rng and saved == runtime.world_size:
+        if saved == runtime.world_size:
             _set_rng_state(parts[0]["rng"], runtime.device)
         return [part["own"] for part in parts]
+
+
+def _expected(folder: Path, world_size: int) -> list[str]:
+    """The files that a checkpoint in `folder` has when every rank's have arrived."""
+    parts = dcp.FileSystemReader(folder).read_metadata().storage_data.values()
+    return sorted({part.relative_path for part in parts} | {f"rank-{rank}.pt" for rank in range(world_size)})
+
+
+def _not_shared(folder: Path, fact: str) -> str:
+    return f"{folder} is not the same folder for all ranks ({fact}); put run.dir on storage that all nodes share"
 
 
 def check_reshardable(saved: Mapping[str, str], planned: Mapping[str, str], table_optimizer: str) -> None:

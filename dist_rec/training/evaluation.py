@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from dist_rec.data.loader import Loader
 from dist_rec.data.schema import Schema
@@ -25,6 +26,19 @@ class EvaluateConfig:
     predictions: str | None = None  # write the rows (logits, labels, weight, groups) to this Parquet file
 
 
+class Evaluation(NamedTuple):
+    """What one pass over a split gives.
+
+    Attributes:
+        metrics: the same on every rank. rows: what they were computed from, on rank 0.
+        policies: what the schema's policies did to values of the split, over all ranks (see `data.ids.PolicyCounts`).
+    """
+
+    metrics: dict[str, float]
+    rows: Rows | None
+    policies: dict[str, int]
+
+
 def evaluate(
     model: DistributedModelParallel,
     loader: Loader,
@@ -32,8 +46,8 @@ def evaluate(
     config: MetricsConfig,
     runtime: Runtime,
     groups: Sequence[str] | None = None,
-) -> tuple[dict[str, float], Rows | None]:
-    """Metrics of one pass over `loader`, which is closed, the same on every rank; on rank 0 the rows behind them too.
+) -> Evaluation:
+    """Evaluates one pass over `loader`, which is closed. Collective.
 
     The model must not be attached to a pipeline. It is put in eval mode and back.
 
@@ -43,14 +57,17 @@ def evaluate(
     store = RowStore(num_labels=len(schema.labels), groups=config.groups if groups is None else groups)
     training = model.training
     model.eval()
+    # in eval mode TorchRec's training pipeline only overlaps and computes; it asks nothing of an optimiser
+    pipeline = TrainPipelineSparseDist(model, None, runtime.device, execute_all_batches=True)
+    batches = iter(loader)
     try:
         with torch.no_grad():
-            for batch in loader:
-                _, output = model(batch.to(runtime.device, non_blocking=True))
-                store.append(output)
+            for _ in range(loader.batches_left or 0):
+                store.append(pipeline.progress(batches))
     finally:
+        pipeline.detach()
         loader.close()
         model.train(training)
     rows = store.merged(runtime.control)
     metrics = compute(rows, schema, config) if rows is not None else None
-    return runtime.broadcast(metrics), rows
+    return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts))

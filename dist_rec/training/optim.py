@@ -71,7 +71,7 @@ class OptimConfig:
     tables: TableOptimizer = field(default_factory=TableOptimizer)
     dense: DenseOptimizer = field(default_factory=DenseOptimizer)
     schedule: Schedule = field(default_factory=Schedule)
-    # clip the norm of all dense gradients together; the tables' updates happen inside backward and are not clipped
+    # clip the norm of the gradients of all parameters that are not tables; tables are never clipped
     clip_norm: float | None = None
 
     def check(self, device_type: str) -> Iterator[Complaint]:
@@ -82,6 +82,19 @@ class OptimConfig:
         for key, value in (("tables.lr", self.tables.lr), ("dense.lr", self.dense.lr)):
             if not (math.isfinite(value) and value >= 0):
                 yield Complaint(key, f"is {value}; a learning rate is a finite number >= 0")
+        dense = self.dense
+        for key, value in (
+            ("tables.eps", self.tables.eps),
+            ("dense.eps", dense.eps),
+            ("dense.weight_decay", dense.weight_decay),
+        ):
+            if not (math.isfinite(value) and value >= 0):
+                yield Complaint(key, f"is {value}; use a finite number >= 0")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(dense, key) < 1:
+                yield Complaint(f"dense.{key}", f"is {getattr(dense, key)}; AdamW's averages need 0 <= beta < 1")
+        if not 0 <= self.schedule.floor <= 1:
+            yield Complaint("schedule.floor", f"is {self.schedule.floor}; a decay ends at a factor between 0 and 1")
         if self.clip_norm is not None and not self.clip_norm > 0:
             yield Complaint("clip_norm", f"is {self.clip_norm}; use a norm > 0, or leave it out for no clipping")
         schedule = self.schedule
@@ -158,13 +171,14 @@ class StepOptimizer:
         Raises:
             NonFiniteGradient: on every rank at once, since DDP has averaged the gradients over all of them.
         """
-        limit = self._config.clip_norm if self._config.clip_norm is not None else math.inf
-        gradients = [p for p in self._dense.values() if p.grad is not None]
+        gradients = {n: p.grad for n, p in self._dense.items() if p.grad is not None}
         if gradients:
-            norm = nn.utils.clip_grad_norm_(gradients, limit)
+            norm = nn.utils.get_total_norm(gradients.values())
             if not torch.isfinite(norm):
-                names = [n for n, p in self._dense.items() if p.grad is not None and not p.grad.isfinite().all()]
+                names = [n for n, g in gradients.items() if not g.isfinite().all()]
                 raise NonFiniteGradient(f"gradient norm {norm.item()}; non-finite in {', '.join(names[:5]) or 'none'}")
+            if self._config.clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(self._dense.values(), self._config.clip_norm, norm)
         self.combined.step()
 
     def state(self) -> dict[str, dict[str, Any]]:

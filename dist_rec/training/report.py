@@ -48,7 +48,8 @@ class Reporter:
     Example::
 
         reporter = Reporter(run_dir, total_steps=1000, is_main=rank == 0, config=ReportConfig())
-        reporter.truncate_after(resumed_step)  # only if training resumes: without it, older reports are dropped
+        # only if training resumes: without it, older reports are dropped
+        reporter.resume(50, 204_800, seconds=0.4, wait_seconds=0.01)
         reporter.train(100, 409_600, metrics, seconds=0.8, wait_seconds=0.01)
         reporter.evaluation(1000, 4_096_000, "validation", metrics)
         reporter.finish(result)
@@ -75,6 +76,7 @@ class Reporter:
         self._live = is_main and _has_width(self._stream)
         self._step = 0
         self._kept_until: int | None = None  # the step up to which an earlier attempt's reports stay; -1: none
+        self._reported: set[str] = set()  # splits whose evaluation at that step is recorded
         self._last = (0, 0.0, 0.0)  # examples, seconds, wait_seconds at the last report of training
         self._bar: tqdm | None = None
         self._writer: Any = None
@@ -87,18 +89,22 @@ class Reporter:
 
                 self._make_writer = SummaryWriter
 
-    def truncate_after(self, step: int) -> None:
+    def resume(self, step: int, examples: int, seconds: float, wait_seconds: float) -> None:
         """Keeps the reports of an earlier attempt up to `step`, from which training resumes, and drops later ones.
 
-        `metrics.jsonl` is replaced in one go; a last line that a crash cut short is dropped too.
+        `metrics.jsonl` is replaced in one go; a last line that a crash cut short is dropped too. An evaluation that was
+        reported at `step` already is not reported again. The other arguments are as in `train`, at `step`.
         """
         self._step = self._kept_until = step
+        self._last = (examples, seconds, wait_seconds)
         path = self._dir / "metrics.jsonl"
         if not self._main or not path.exists():
             return
         with path.open(encoding="utf-8") as lines:
             kept = [line for line in lines if _step_of(line, path) <= step]
         _replace(path, "".join(kept))
+        places = [(report["step"], report["split"]) for report in map(json.loads, kept)]
+        self._reported = {split for at, split in places if at == step and split != "train"}
 
     def line(self, text: str) -> None:
         """Prints `text`, above the progress bar if there is one."""
@@ -117,8 +123,6 @@ class Reporter:
 
     def train(self, step: int, examples: int, metrics: Metrics, *, seconds: float, wait_seconds: float) -> None:
         """Reports training; the pace shown and recorded is that since the last report.
-
-        (The first report after a resume has the pace since step 0.)
 
         Args:
             step: steps done.
@@ -150,6 +154,8 @@ class Reporter:
     def evaluation(self, step: int, examples: int, split: str, metrics: Metrics) -> None:
         """Reports an evaluation of `split` after `step` steps of training on `examples` rows."""
         if not self._main:
+            return
+        if step == self._kept_until and split in self._reported:
             return
         self._record({"step": step, "examples": examples, "split": split, "metrics": metrics})
         self._to_tensorboard(split, step, metrics)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -103,6 +103,13 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def total(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Counts of all ranks added up, on every rank."""
+        every: list[Mapping[str, int]] = [{} for _ in range(self.world_size)]
+        dist.all_gather_object(every, dict(counts), group=self.control)
+        names = sorted({name for part in every for name in part})
+        return {name: sum(part.get(name, 0) for part in every) for name in names}
+
     def all_true(self, flag: torch.Tensor) -> bool:
         """Whether `flag` (a 0-d bool tensor on the device) holds on every rank; one small all-reduce."""
         if self.world_size == 1:
@@ -112,6 +119,7 @@ class Runtime:
         return failed.item() == 0
 
 
+_HOST_WORK = timedelta(hours=4)
 _LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -139,7 +147,7 @@ def process(settings: RunSettings) -> Iterator[Runtime]:
             raise ConfigError([Complaint("run.device", text)])
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=settings.timeout_minutes)
-    ours = not dist.is_initialized()
+    ours, failed = not dist.is_initialized(), True
     if ours:
         # with device_id NCCL connects at once, so that a GPU that cannot be reached fails here
         common: dict[str, Any] = {"backend": "nccl" if cuda else "gloo", "device_id": device if cuda else None}
@@ -150,9 +158,13 @@ def process(settings: RunSettings) -> Iterator[Runtime]:
     try:
         group = dist.group.WORLD
         assert group is not None
-        control = dist.new_group(backend="gloo", timeout=timeout) if cuda else group
+        # rank 0 may sort a large evaluation or read many footers while the others wait for what it says
+        control = dist.new_group(backend="gloo", timeout=max(timeout, _HOST_WORK))
         yield Runtime(dist.get_rank(), dist.get_world_size(), local_world_size, device, group, control)
+        failed = False
     finally:
-        if ours:
+        # NCCL's clean-up waits for ranks that may wait for this one: a failing rank leaves without it, and its error
+        # reaches the launcher
+        if ours and (not failed or dist.get_world_size() == 1):
             dist.destroy_process_group()
             comm._INTRA_PG = comm._CROSS_PG = None  # TorchRec's groups of nodes, which it would use in the next job too

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -19,11 +19,11 @@ from torchrec.distributed.types import ShardedModule
 from dist_rec.contract import StepOutput
 from dist_rec.data.loader import Loader
 from dist_rec.data.schema import Schema
-from dist_rec.metrics.compute import MetricsConfig, compute
+from dist_rec.metrics.compute import MetricsConfig, compute, direction
 from dist_rec.metrics.rows import RowStore
 from dist_rec.settings import Complaint
 from dist_rec.training.checkpoint import Checkpoint, Checkpointer
-from dist_rec.training.evaluation import evaluate
+from dist_rec.training.evaluation import Evaluation, evaluate
 from dist_rec.training.optim import NonFiniteGradient, StepOptimizer
 from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime
@@ -35,8 +35,7 @@ log = logging.getLogger(__name__)
 class EarlyStopping:
     """Stop when a validation metric has not improved for a while; the best weights are restored at the end."""
 
-    metric: str = "ne"
-    mode: Literal["min", "max"] = "min"
+    metric: str = "ne"  # any of a report's metrics of all rows; higher AUC is better, lower of anything else
     patience: int = 2  # evaluations without improvement before the run stops
     min_delta: float = 0.0
 
@@ -51,8 +50,11 @@ class TrainConfig:
     eval_every: int | None = None  # steps between evaluations of data.validation; one is always made at the end
     early_stopping: EarlyStopping | None = None
 
-    def check(self, has_validation: bool) -> Iterator[Complaint]:
-        """Complaints about a run without an end, and about early stopping that could never act."""
+    def check(self, has_validation: bool, metric_names: list[str] | None) -> Iterator[Complaint]:
+        """Complaints about a run without an end, and about early stopping that could never act.
+
+        metric_names: what an evaluation reports; None if that cannot be known.
+        """
         if self.steps is None and self.epochs is None:
             yield Complaint("steps", "and train.epochs are both empty, so the run would never end; set one of them")
         for key in ("steps", "epochs", "eval_every"):
@@ -64,6 +66,10 @@ class TrainConfig:
                 yield Complaint("early_stopping", "needs a validation set; set data.validation")
             if self.eval_every is None:
                 yield Complaint("early_stopping", "acts at evaluations during training; set train.eval_every")
+            usable = [name for name in metric_names or () if direction(name)]
+            if metric_names is not None and self.early_stopping.metric not in usable:
+                text = f"is '{self.early_stopping.metric}'; choose one of {', '.join(usable)}"
+                yield Complaint("early_stopping.metric", text)
             if self.early_stopping.patience < 1:
                 yield Complaint("early_stopping.patience", f"is {self.early_stopping.patience}; use at least 1")
 
@@ -74,6 +80,38 @@ class TrainingStopped(ArithmeticError):
 
 class _NonFiniteLoss(ArithmeticError):
     """Raised before backward, on every rank at once."""
+
+
+class LossMeans:
+    """Mean of every loss term over the steps since the last report; sums stay on the device until then."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """One step's terms, scalars of this rank."""
+        for name, value in losses.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
+        self._steps += 1
+
+    def take(self, runtime: Runtime) -> dict[str, float]:
+        """ "loss/<term>" -> its mean over ranks and steps, and begins anew. Collective."""
+        names = sorted(self._sums)
+        values = torch.tensor([*(float(self._sums[n]) for n in names), self._steps], dtype=torch.float64)
+        self._sums, self._steps = {}, 0
+        dist.all_reduce(values, group=runtime.control)
+        return {f"loss/{name}": float(value / values[-1]) for name, value in zip(names, values[:-1], strict=True)}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "steps": self._steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Adds what an earlier process had summed, on the host until the next report."""
+        for name, value in state["sums"].items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._steps += state["steps"]
 
 
 class GuardedPipeline(TrainPipelineSparseDist):
@@ -104,8 +142,10 @@ class Progress:
 
     step: int = 0
     examples: int = 0
-    seconds: float = 0.0
-    wait_seconds: float = 0.0
+    seconds: float = 0.0  # spent in training steps
+    wait_seconds: float = 0.0  # of these, waiting for data
+    wall_seconds: float = 0.0  # of all processes of the run, with evaluations, checkpoints and start-up
+    policies: dict[str, int] = field(default_factory=dict)  # what column policies did to training values, all ranks
     best_value: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
@@ -118,6 +158,7 @@ class Trainer:
     Attributes:
         loader: the training batches, from the position the run resumes at.
         validation: makes a fresh loader over the validation set, or None.
+        started: `time.perf_counter()` when this process began its work.
         facts: JSON-able facts that every checkpoint carries (config, plan, versions).
     """
 
@@ -134,6 +175,7 @@ class Trainer:
     total_steps: int
     report_every: int
     checkpoint_every: int | None
+    started: float
     facts: dict[str, Any]
     progress: Progress = field(default_factory=Progress)
 
@@ -144,21 +186,27 @@ class Trainer:
             window_rows=self.metrics.rank_window(self.runtime.world_size),
         )
         self.pipeline = GuardedPipeline(self.model, self.optimizer, self.runtime)
-        self._first_step = self.progress.step
+        self._losses = LossMeans()
+        self._before = replace(self.progress)  # as this process found it
         self._batches: Iterator | None = None
         self._saved_step: int | None = None
-        self._evaluated: tuple[int, dict[str, float]] | None = None
+        self._evaluated: tuple[int, Evaluation] | None = None
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Loads everything but the data position, which the loader was made from."""
-        parts = self.checkpointer.load(checkpoint, self.model, self.optimizer)
-        for part in parts:
-            self.window.load_state(part)
+        for part in self.checkpointer.load(checkpoint, self.model, self.optimizer):
+            self.window.load_state(part["window"])
+            self._losses.load_state(part["losses"])
         self.progress = Progress(**checkpoint.meta["progress"])
-        self._first_step = self._saved_step = self.progress.step
+        self._before = replace(self.progress)
+        if self.config.early_stopping is None or checkpoint.meta["judged_by"] != self.facts["judged_by"]:
+            # a best value by another metric or on other data cannot be compared with those to come
+            self.progress.best_value = self.progress.best_step = None
+            self.progress.evaluations_since_best = 0
+        self._saved_step = self.progress.step
 
-    def fit(self) -> dict[str, float] | None:
-        """Runs to the end and returns the validation metrics of the final weights (None without a validation set).
+    def fit(self) -> Evaluation | None:
+        """Runs to the end and returns the evaluation of the final weights (None without a validation set).
 
         Raises:
             TrainingStopped: the loss or a gradient became NaN or infinite.
@@ -187,24 +235,25 @@ class Trainer:
             output: StepOutput = self.pipeline.progress(batches)
         except (_NonFiniteLoss, NonFiniteGradient) as error:
             raise TrainingStopped(self._explain(error)) from error
-        if step == self._first_step:
+        if step == self._before.step:
             self._report_pipelined()
         self.window.append(output)
+        self._losses.add(output.losses)
         self.progress.step += 1
         self.reporter.advance(self.progress.step)
 
     @property
     def _batches_finished(self) -> int:
-        return self.progress.step - self._first_step
+        return self.progress.step - self._before.step
 
     def _after_step(self) -> None:
         step, last = self.progress.step, self.progress.step == self.total_steps
         if step % self.report_every == 0 or last:
             self._report()
-        every = self.config.eval_every
-        if self.validation is not None and every is not None and step % every == 0:
-            self._validate()
-        if self.checkpoint_every is not None and step % self.checkpoint_every == 0:
+        every, improved = self.config.eval_every, False
+        if self.validation is not None and (last or (every is not None and step % every == 0)):
+            improved = self._judge(self._validate())
+        if improved or last or (self.checkpoint_every is not None and step % self.checkpoint_every == 0):
             self._save()
 
     def window_metrics(self) -> dict[str, float]:
@@ -213,64 +262,72 @@ class Trainer:
         return compute(rows, self.schema, self.metrics) if rows is not None else {}
 
     def _report(self) -> None:
-        p, metrics = self.progress, self.window_metrics()
-        p.examples = self.loader.examples(self._batches_finished)
+        p, metrics = self.measured(), self.window_metrics()
+        metrics |= self._losses.take(self.runtime)
         self.reporter.train(p.step, p.examples, metrics, seconds=p.seconds, wait_seconds=p.wait_seconds)
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self) -> Evaluation:
         assert self.validation is not None
         if self._evaluated is not None and self._evaluated[0] == self.progress.step:
             return self._evaluated[1]
         self.pipeline.detach()  # batches in flight stay in the pipeline and are trained on afterwards
-        metrics, _ = evaluate(self.model, self.validation(), self.schema, self.metrics, self.runtime)
-        self._evaluated = (self.progress.step, metrics)
-        self.progress.examples = self.loader.examples(self._batches_finished)
-        self.reporter.evaluation(self.progress.step, self.progress.examples, "validation", metrics)
-        self._judge(metrics)
-        return metrics
+        result = evaluate(self.model, self.validation(), self.schema, self.metrics, self.runtime)
+        self._evaluated = (self.progress.step, result)
+        self.reporter.evaluation(self.progress.step, self.measured().examples, "validation", result.metrics)
+        return result
 
-    def _judge(self, metrics: dict[str, float]) -> None:
+    def _judge(self, result: Evaluation) -> bool:
+        """Whether this is the best evaluation so far by the rule of early stopping."""
         rule, p = self.config.early_stopping, self.progress
         if rule is None:
-            return
-        if rule.metric not in metrics:
-            raise ValueError(
-                f"train.early_stopping.metric is '{rule.metric}', which is not computed; metrics: {', '.join(metrics)}"
-            )
-        value = metrics[rule.metric]
+            return False
+        value = result.metrics[rule.metric]
         gain = -math.inf if math.isnan(value) else math.inf
         if p.best_value is not None and not math.isnan(value):
-            gain = p.best_value - value if rule.mode == "min" else value - p.best_value
+            gain = direction(rule.metric) * (value - p.best_value)
         if gain > rule.min_delta:
             p.best_value, p.best_step, p.evaluations_since_best = value, p.step, 0
-            self._save()
-        else:
-            p.evaluations_since_best += 1
+            return True
+        p.evaluations_since_best += 1
+        return False
 
     def _should_stop(self) -> bool:
         rule = self.config.early_stopping
         return rule is not None and self.progress.evaluations_since_best >= rule.patience
 
-    def _finish(self) -> dict[str, float] | None:
-        metrics = self._validate() if self.validation is not None else None
+    def _finish(self) -> Evaluation | None:
+        result = self._validate() if self.validation is not None else None
         self._save()
         best = self.progress.best_step
         if self.validation is not None and best is not None and best != self.progress.step:
             log.info("restoring the best weights, of step %d", best)
             self.checkpointer.load(self.checkpointer.at(best), self.model, None)
-            metrics, _ = evaluate(self.model, self.validation(), self.schema, self.metrics, self.runtime)
-        return metrics
+            result = evaluate(self.model, self.validation(), self.schema, self.metrics, self.runtime)
+        return result
+
+    def measured(self) -> Progress:
+        """Progress with everything that is cheap to know only now and then brought up to date. Not collective."""
+        self.progress.examples = self.loader.examples(self._batches_finished)
+        self.progress.wall_seconds = self._before.wall_seconds + time.perf_counter() - self.started
+        return self.progress
+
+    def policies(self) -> dict[str, int]:
+        """What column policies did to the training values read so far, over all ranks. Collective.
+
+        Counted when a block of rows is read: a resume in the middle of a block counts what it reads again.
+        """
+        here = self.runtime.total(self.loader.counts)
+        return {key: self._before.policies.get(key, 0) + here.get(key, 0) for key in {*self._before.policies, *here}}
 
     def _save(self) -> None:
         step = self.progress.step
         if self._saved_step == step:
             return
-        cursor = self.loader.cursor(self._batches_finished)
-        self.progress.examples = self.loader.examples(self._batches_finished)
-        meta = {"cursor": cursor, "progress": vars(self.progress).copy(), **self.facts}
-        self.checkpointer.save(
-            step, self.model, self.optimizer, meta=meta, own=self.window.state(), best_step=self.progress.best_step
-        )
+        self.progress.policies = self.policies()
+        cursor, progress = self.loader.cursor(self._batches_finished), self.measured()
+        meta = {"cursor": cursor, "progress": vars(progress).copy(), **self.facts}
+        own = {"window": self.window.state(), "losses": self._losses.state()}
+        self.checkpointer.save(step, self.model, self.optimizer, meta=meta, own=own, best_step=progress.best_step)
         self._saved_step = step
 
     def _report_pipelined(self) -> None:

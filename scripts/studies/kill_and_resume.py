@@ -154,7 +154,7 @@ def kill_a_rank(job: subprocess.Popen[bytes], run: Path, after_step: int, rank: 
 
 def rows_seen(checkpoint: Checkpoint) -> Counter[int]:
     """Row -> how often the weights of a checkpoint were trained on it."""
-    states = [torch.load(path, weights_only=True)["own"] for path in checkpoint.path.glob("rank-*.pt")]
+    states = [torch.load(path, weights_only=True)["own"]["window"] for path in checkpoint.path.glob("rank-*.pt")]
     # rows that only pad a batch have weight 0, the last of the stored values
     return Counter(int(row) for s in states for row in s["group.row"][s["values"][:, -1] > 0])
 

@@ -163,8 +163,12 @@ def test_another_model_is_refused_with_its_reason(data, tmp_path):
 
 
 def _does_not_fit(rank: int, world_size: int, run: dict[str, Any]) -> str:
+    config, here = from_mapping(run), runtime(rank, world_size)
+    checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", config.checkpoint, here)
+    checkpoint = checkpointer.latest()
+    assert checkpoint is not None
     with pytest.raises(CheckpointError, match="does not fit this model") as error:
-        train.run(from_mapping(run))
+        checkpointer.load(checkpoint, distribute(config, here).model, None)
     return str(error.value)
 
 

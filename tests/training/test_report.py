@@ -63,7 +63,7 @@ def test_metrics_jsonl_has_one_object_per_report(tmp_path: Path) -> None:
 
 def test_other_ranks_write_and_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     reporter = Reporter(tmp_path / "run", total_steps=10, is_main=False, config=ReportConfig())
-    reporter.truncate_after(3)
+    reporter.resume(3, 0, 0.0, 0.0)
     reporter.advance(4)
     report(reporter, 5)
     reporter.evaluation(10, 100, "eval", METRICS)
@@ -79,7 +79,7 @@ def test_resume_drops_reports_from_beyond_the_checkpoint(tmp_path: Path, caplog:
         file.write('{"step": 9, "exam')  # a crash in the middle of a write
     reporter = Reporter(tmp_path, total_steps=10, is_main=True, config=PLAIN)
     with caplog.at_level(logging.WARNING):
-        reporter.truncate_after(4)
+        reporter.resume(4, 0, 0.0, 0.0)
     assert "dropped a line" in caplog.text
     report(reporter, 5)
     assert [line["step"] for line in lines_of(tmp_path)] == [2, 4, 5]
@@ -138,7 +138,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     main, stream = open_terminal(columns=160)
     reporter = Reporter(tmp_path, total_steps=100, is_main=True, config=PLAIN, stream=stream)
     reporter.line("the plan")
-    reporter.truncate_after(40)
+    reporter.resume(40, 0, 0.0, 0.0)
     reporter.advance(41)
     report(reporter, 50)
     reporter.evaluation(50, 500, "eval", METRICS)
@@ -164,7 +164,7 @@ def test_tensorboard_events_and_purge_on_resume(tmp_path: Path) -> None:
     report(reporter, 2, 4, 6)
     reporter.close()
     reporter = Reporter(tmp_path, total_steps=10, is_main=True, config=ReportConfig())
-    reporter.truncate_after(4)
+    reporter.resume(4, 0, 0.0, 0.0)
     report(reporter, 5)
     reporter.evaluation(5, 50, "eval", METRICS)
     reporter.close()

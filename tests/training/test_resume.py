@@ -77,7 +77,7 @@ def _weights(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def _rows_trained(checkpoint: Checkpoint) -> Counter:
-    states = [torch.load(p, weights_only=True)["own"] for p in checkpoint.path.glob("rank-*.pt")]
+    states = [torch.load(p, weights_only=True)["own"]["window"] for p in checkpoint.path.glob("rank-*.pt")]
     # padding rows have weight 0, the last of the stored values
     return Counter(int(r) for s in states for r in s["group.row"][s["values"][:, -1] > 0])
 

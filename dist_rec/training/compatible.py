@@ -1,0 +1,68 @@
+"""Which settings a run may change when it is continued: those that do not change what its parameters mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dist_rec.training.checkpoint import CheckpointError
+
+_FIXED = (
+    "schema",
+    "model",
+    "auxiliary",
+    "embeddings.pooling",
+    "embeddings.inner_dim",
+    "embeddings.factor_above",
+    "embeddings.tables",
+    "optim.tables.name",
+    "optim.dense.name",
+)
+# what a bad value does, the planner's estimates, and where a table lies may change; so may what metrics group by
+_FREE = {"on_null", "out_of_range", "fill", "max_length", "mean_length", "sharding", "kernel", "init_bound", "groups"}
+
+
+def check_compatible(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compares the config of a checkpoint with the one that would continue it, both as `config.to_mapping` gives them.
+
+    Raises:
+        CheckpointError: naming every setting that would change the meaning of what the checkpoint holds.
+    """
+    changes = []
+    for key in _FIXED:
+        for path, old, new in _differences(_at(saved, key), _at(now, key), key):
+            changes.append(f"  {path}: {_short(old)} -> {_short(new)}")
+    if changes:
+        listing = "\n".join(changes)
+        raise CheckpointError(
+            "the config differs from the checkpoint's in what its parameters mean:\n"
+            f"{listing}\n  Put these back to continue, or train anew in another run.dir"
+        )
+
+
+def _at(values: Mapping[str, Any], key: str) -> Any:
+    found: Any = values
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) or isinstance(new, Mapping):
+        # an entry that is not there says as little as one in which nothing is set
+        old, new = (value if isinstance(value, Mapping) else {} for value in (old, new))
+    else:
+        if old != new:
+            yield path, old, new
+        return
+    common = [name for name in old if name in new]
+    if path.startswith("schema.") and common != [name for name in new if name in old]:
+        yield f"{path} (order)", list(old), list(new)
+    for name in dict.fromkeys([*old, *new]):
+        if name not in _FREE:
+            yield from _differences(old.get(name), new.get(name), f"{path}.{name}")
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,193 @@
+"""What a run folder remembers: the best checkpoint, the config, the reports; and what a continued run may change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from dist_rec.config import from_mapping
+from dist_rec.settings import ConfigError
+from dist_rec.training.checkpoint import CheckpointError, find
+from tests.ranks import run_ranks
+from tests.runs import merged, reports, train_all, values, write
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 rows."""
+    return write(tmp_path_factory.mktemp("data"), 300)
+
+
+def _attempts(rank: int, world_size: int, runs: list[dict[str, Any]]) -> list[str]:
+    """What each run ends with: "trained", or the message of its refusal."""
+    said = []
+    for run in runs:
+        try:
+            train_all(rank, world_size, [run])
+            said.append("trained")
+        except CheckpointError as error:
+            said.append(str(error))
+    return said
+
+
+def _stopping(data: Path, folder: Path, /, **sections: Any) -> dict[str, Any]:
+    # tables that run away: every evaluation is worse than the one before by NE
+    base = {
+        "data": {"validation": str(data)},
+        "train": {"epochs": 100, "eval_every": 4, "early_stopping": {"patience": 2}},
+        "optim": {"tables": {"lr": 3.0}},
+    }
+    return values(data, folder, **merged(base, sections))
+
+
+def test_the_best_step_is_in_the_newest_checkpoint_also_when_it_is_the_last(data, tmp_path):
+    stop = {"metric": "auc", "patience": 50}
+    run = values(
+        data,
+        tmp_path / "run",
+        data={"validation": str(data)},
+        train={"steps": 10, "epochs": 100, "eval_every": 4, "early_stopping": stop},
+        checkpoint={"every": 5},
+    )
+    (result,) = run_ranks(train_all, 1, [run])[0]
+    found = {r["step"]: r["metrics"]["auc"] for r in reports(tmp_path / "run", "validation")}
+    assert list(found) == [4, 8, 10]
+    assert result["best_step"] == max(found, key=found.__getitem__) == 10
+    newest = find(tmp_path / "run" / "checkpoints")[-1]
+    assert newest.step == newest.meta["progress"]["best_step"] == 10
+
+
+def test_a_higher_auc_and_a_lower_ne_are_better(data, tmp_path):
+    for metric, best in (("auc", max), ("log_loss", min)):
+        folder = tmp_path / metric
+        run = _stopping(data, folder, train={"early_stopping": {"metric": metric}})
+        (result,) = run_ranks(train_all, 1, [run])[0]
+        found = {r["step"]: r["metrics"][metric] for r in reports(folder, "validation")}
+        assert len(found) > 1
+        assert result["best_step"] == best(found, key=found.__getitem__)
+
+
+@pytest.mark.parametrize("metric", ["nee", "calibration", "gauc/user"])
+def test_a_metric_that_cannot_judge_is_refused_before_anything_starts(data, tmp_path, metric):
+    with pytest.raises(
+        ConfigError, match=f"train.early_stopping.metric: is '{metric}'; choose one of ne, log_loss, auc"
+    ):
+        from_mapping(_stopping(data, tmp_path, train={"early_stopping": {"metric": metric}}))
+
+
+def test_without_early_stopping_a_resumed_run_keeps_its_last_weights(data, tmp_path):
+    folder = tmp_path / "run"
+    stopped = _stopping(data, folder)
+    (first,) = run_ranks(train_all, 1, [stopped])[0]
+    assert first["best_step"] < first["step"]
+    on = merged(stopped, {"train": {"early_stopping": None, "steps": first["step"] + 4}})
+    (second,) = run_ranks(train_all, 1, [on])[0]
+    assert second["best_step"] is None
+    last = reports(folder, "validation")[-1]
+    assert last["step"] == second["step"] == first["step"] + 4
+    assert second["metrics"]["validation"] == last["metrics"]
+
+
+def test_a_best_value_of_another_metric_is_forgotten(data, tmp_path):
+    stopped = _stopping(data, tmp_path / "run")
+    (first,) = run_ranks(train_all, 1, [stopped])[0]
+    on = merged(stopped, {"train": {"early_stopping": {"metric": "auc"}, "steps": first["step"] + 4}})
+    (second,) = run_ranks(train_all, 1, [on])[0]
+    assert second["best_step"] == first["step"] + 4  # the first that was judged by AUC
+
+
+def test_what_changes_the_meaning_of_parameters_is_refused_and_the_folder_kept(data, tmp_path):
+    run = values(data, tmp_path / "run", train={"steps": 4})
+    on = merged(run, {"train": {"steps": 6}})
+    refused = [
+        merged(on, {"model": {"dim": 16}}),
+        merged(on, {"embeddings": {"pooling": "mean"}, "schema": {"dense": {"d0": {"mean": 5.0}}}}),
+        merged(on, {"optim": {"tables": {"name": "sgd"}}}),
+    ]
+    allowed = merged(on, {"optim": {"tables": {"lr": 0.5}}, "schema": {"sparse": {"user": {"out_of_range": "hash"}}}})
+    run_ranks(train_all, 1, [run])
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    said = run_ranks(_attempts, 1, refused)[0]
+    assert "model.dim: 8 -> 16" in said[0]
+    assert "schema.dense.d0.mean: 0.0 -> 5.0" in said[1] and "embeddings.pooling: sum -> mean" in said[1]
+    assert "optim.tables.name: rowwise_adagrad -> sgd" in said[2]
+    assert all("another run.dir" in text for text in said)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    assert run_ranks(_attempts, 1, [allowed])[0] == ["trained"]
+
+
+def test_an_order_of_columns_that_would_swap_their_tables_is_refused(data, tmp_path):
+    run = values(data, tmp_path / "run", train={"steps": 4})
+    turned = merged(run, {})
+    turned["schema"] = {**run["schema"], "sparse": dict(reversed(run["schema"]["sparse"].items()))}
+    said = run_ranks(_attempts, 1, [run, merged(turned, {"train": {"steps": 6}})])[0]
+    assert said[0] == "trained" and "schema.sparse (order)" in said[1]
+
+
+def test_if_every_checkpoint_is_damaged_nothing_starts_anew(data, tmp_path):
+    run = values(data, tmp_path / "run", train={"steps": 4})
+    run_ranks(train_all, 1, [run])
+    (only,) = find(tmp_path / "run" / "checkpoints")
+    (only.path / "rank-0.pt").unlink()
+    kept = (tmp_path / "run" / "metrics.jsonl").read_text()
+    for said in run_ranks(_attempts, 2, [run]):
+        assert "no checkpoint is complete" in said[0] and "rank-0.pt is missing" in said[0]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == kept
+
+
+def _apart(rank: int, world_size: int, run: dict[str, Any]) -> str:
+    run["run"]["dir"] += str(rank)
+    return _attempts(rank, world_size, [run])[0]
+
+
+def test_ranks_that_do_not_share_the_run_folder_are_told_at_the_start(data, tmp_path):
+    for said in run_ranks(_apart, 2, values(data, tmp_path / "run", train={"steps": 4})):
+        # both paths are on this machine: what rank 0 made is there, but the folder is not the same
+        assert "put run.dir on storage that all nodes share" in said
+    assert not list(tmp_path.glob("run*/checkpoints/step-*"))
+
+
+def test_running_a_finished_run_again_adds_no_report(data, tmp_path):
+    folder = tmp_path / "run"
+    run = _stopping(data, folder, data={"test": str(data)})
+    (first,) = run_ranks(train_all, 1, [run])[0]
+    once = (folder / "metrics.jsonl").read_text()
+    (second,) = run_ranks(train_all, 1, [run])[0]
+    assert (folder / "metrics.jsonl").read_text() == once
+    assert {k: second[k] for k in ("metrics", "step", "best_step", "examples")} == {
+        k: first[k] for k in ("metrics", "step", "best_step", "examples")
+    }
+    progress = find(folder / "checkpoints")[-1].meta["progress"]
+    assert progress["evaluations_since_best"] == 2
+
+
+def test_losses_are_reported_as_means_and_survive_a_resume(data, tmp_path):
+    whole, halves = (values(data, tmp_path / name, train={"steps": 20, "epochs": 9}) for name in ("whole", "halves"))
+    # step 8 lies between two reports
+    run_ranks(train_all, 2, [whole, merged(halves, {"train": {"steps": 8}}), halves])
+    one, two = (
+        {r["step"]: r["metrics"]["loss/bce"] for r in reports(tmp_path / n, "train")} for n in ("whole", "halves")
+    )
+    assert list(one) == [5, 10, 15, 20]
+    assert 0.5 < one[5] < 1.0
+    assert two[15] == one[15] and two[20] == one[20]
+
+
+def test_time_and_policies_are_of_the_whole_run(data, tmp_path):
+    narrow = {"sparse": {"user": {"num_ids": 100, "out_of_range": "hash"}}}
+    run = values(data, tmp_path / "run", schema=narrow, data={"validation": str(data), "test": str(data)})
+    results = [run_ranks(train_all, 2, [merged(run, {"train": {"steps": steps}})])[0][0] for steps in (4, 100)]
+    assert 0 < results[0]["train_seconds"] < results[0]["wall_seconds"] < results[1]["wall_seconds"]
+    counts = results[1]["data_policies"]
+    expected = sum(user >= 100 for user in _users(data))
+    assert counts["validation"] == counts["test"] == {"user.out_of_range=hash": expected}
+    assert counts["train"]["user.out_of_range=hash"] >= expected
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["data_policies"] == counts
+
+
+def _users(data: Path) -> list[int]:
+    return pq.read_table(data)["user"].to_pylist()
