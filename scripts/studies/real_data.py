@@ -1,12 +1,12 @@
 """Quality of DLRM and DCN-V2 on the three real data sets: AUC and NE through the real entries, on 2 CPU ranks.
 
     .venv/bin/python scripts/studies/real_data.py [--data ../shared/data] [--work .data] [--sets ...] [--models ...]
-                                                  [--shardings ...] [--seeds ...] [key=value ...]
+                                                  [--shardings ...] [--seeds ...] [--overrides key=value ...]
 
 Prepares the splits as Parquet under --work, then for every set, model, sharding and seed: trains the experiment card
 configs/<set>/<model>.yaml with torchrun, early stopping on validation data; evaluates the best checkpoint on the test
-rows with `dist_rec.evaluate`; and at the end prints one Markdown table. Settings given as key=value go to every
-training. The data must not enter the repository: --work is ignored by git, or lies elsewhere.
+rows with `dist_rec.evaluate`; and at the end prints one Markdown table. --overrides are settings of every training, on
+top of its card. The data must not enter the repository: --work is ignored by git, or lies elsewhere.
 
 Protocol, that of the data's README: 80/10/10 by `numpy.random.default_rng(20261123).permutation(n)`, first 80 %
 train; ml100k in its order of time instead; criteo1tb_80k in five folds of that permutation, each predicted by a model
@@ -71,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--shardings", nargs="+", choices=SHARDINGS, default=list(SHARDINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every training")
-    args = parser.parse_intermixed_args(arguments)
+    parser.add_argument("--overrides", nargs="+", metavar="key=value", default=[], help="settings of every training")
+    args = parser.parse_args(arguments)
+    args.work = args.work.absolute()  # the jobs run in the repository's root
     missing = [str(args.data / SETS[name].file) for name in args.sets if not (args.data / SETS[name].file).is_file()]
     if missing:
         raise SystemExit(f"error: {missing[0]} does not exist; give the folder of the data sets with --data")

@@ -64,7 +64,7 @@ def test_missing_data_are_named(tmp_path: Path) -> None:
 def test_one_small_training_ends_in_the_table(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/studies/real_data.py", "--data", str(DATA), "--work", str(tmp_path)]
     command += ["--sets", "ml100k", "--models", "dlrm", "--shardings", "table_wise", "--seeds", "0"]
-    command += ["train.steps=40", "train.eval_every=20"]
+    command += ["--overrides", "train.steps=40", "train.eval_every=20"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
