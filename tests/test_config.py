@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_rec.config import from_mapping, load, to_yaml
+from dist_rec.config import choice, from_mapping, load, read, to_yaml
 from dist_rec.settings import ConfigError
 from tests.runs import merged, values
 
@@ -287,3 +287,9 @@ def test_every_schema_of_the_repository_is_good(path, tmp_path):
     # a schema says nothing of paths and batches; a card that uses it does
     config = load(card, ["run.device=cpu", f"run.dir={tmp_path}/run", "data.train=x", "data.batch_size=8"])
     assert config.schema.sparse
+
+
+def test_every_model_has_a_smoke_card():
+    cards = [p for p in CARDS if p.parent.name == "smoke"]
+    models = {read(str(p))["model"]["name"] for p in cards}
+    assert models == set(choice("models").names())
