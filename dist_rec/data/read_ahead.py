@@ -101,6 +101,9 @@ class Channel(Generic[T]):
             self._changed.notify_all()
 
 
+_JOIN_SECONDS = 4.0
+
+
 class DaemonPool:
     """Threads that run calls in the order submitted. Unlike `ThreadPoolExecutor`'s they never delay the exit."""
 
@@ -117,9 +120,14 @@ class DaemonPool:
         return future
 
     def close(self) -> None:
-        """Ends the threads after the calls that are running; calls that have not begun must be cancelled first."""
+        """Ends the threads after the calls that are running; calls that have not begun must be cancelled first.
+
+        Waits for them, but not for ever: a thread inside pyarrow while the interpreter ends would abort the process.
+        """
         for _ in self._threads:
             self._calls.put(None)
+        for thread in self._threads:
+            thread.join(_JOIN_SECONDS)
 
     def _work(self) -> None:
         while (item := self._calls.get()) is not None:

@@ -154,6 +154,7 @@ def process(settings: RunSettings) -> Iterator[Runtime]:
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(timeout=timeout, **common)
         else:  # no launcher: a store of our own needs no port
+            os.environ.setdefault("LOCAL_WORLD_SIZE", "1")  # TorchRec asks for it
             dist.init_process_group(timeout=timeout, store=dist.HashStore(), rank=0, world_size=1, **common)
     try:
         group = dist.group.WORLD
