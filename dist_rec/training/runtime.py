@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import ctypes
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -119,6 +120,7 @@ class Runtime:
         return failed.item() == 0
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _HOST_WORK = timedelta(hours=4)
 _LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
 
@@ -126,6 +128,18 @@ _LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
 def rank_from_environment() -> int:
     """This process's rank as the launcher says it; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what a step has freed for the next step.
+
+    By itself it gives a step's large tensors back to the kernel and faults every page in again: 1.2 to 1.6 times slower
+    training on CPU (26 tables x 64 columns, batch 4096). Other C libraries have no such switch and are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextmanager
@@ -140,7 +154,9 @@ def process(settings: RunSettings) -> Iterator[Runtime]:
     cuda = settings.device_type == "cuda"
     local_rank, local_world_size = (int(os.environ.get(name, value)) for name, value in _LOCAL)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    if not cuda:
+        _keep_freed_memory()
+    else:
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             text = f"is cuda for {local_world_size} ranks on a machine with {gpus} GPU(s); start one rank per GPU"

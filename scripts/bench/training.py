@@ -153,7 +153,7 @@ def _mapping(arguments: argparse.Namespace, folder: Path) -> dict:
         "embeddings": {"sharding": arguments.sharding},
         "optim": {"tables": {"lr": 0.01}},
         "train": {"epochs": None, "steps": 10**9, "precision": arguments.precision},
-        "report": {"every": 20, "tensorboard": importlib.util.find_spec("tensorboard") is not None},
+        "report": {"tensorboard": importlib.util.find_spec("tensorboard") is not None},
         "run": {"dir": str(folder / "run"), "device": arguments.device},
     }
 
