@@ -25,6 +25,29 @@ USER_ERRORS = (ConfigError, DataError, PlanError, CheckpointError, TrainingStopp
 """Errors whose message is all a user needs; they end the process without a traceback."""
 
 
+class _Stopped(Exception):
+    """An error a user can act on, in one message, and whether this rank prints it."""
+
+    def __init__(self, message: str, prints: bool) -> None:
+        super().__init__(message)
+        self.prints = prints
+
+
+def _briefly(main: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> None:
+    """Runs `main`; what a user can act on loses its traceback, in the launcher's summary too."""
+    rank = rank_from_environment()
+    try:
+        main(arguments)
+    except USER_ERRORS as error:
+        # most of these are raised on every rank: rank 0 says them, the others leave in silence
+        own = isinstance(error, DataError) and not isinstance(error, DataSetError)
+        raise _Stopped(f"error: {error}", prints=own or not rank) from None
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _LEFT_ALONE):
+            raise
+        raise _Stopped(f"rank {rank} ends because another rank did; see the error of that one", prints=True) from None
+
+
 def run_entry(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | None, usage: str) -> None:
     """Runs an entry on the command line's arguments; an error a user can act on is printed without a traceback.
 
@@ -37,12 +60,9 @@ def run_entry(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | N
         raise SystemExit(0 if arguments else 2)
     quiet_libraries()
     try:
-        record(main)(arguments)
-    except USER_ERRORS as error:
-        rank = rank_from_environment()
-        # most of these are raised on every rank: rank 0 says them, the others leave in silence
-        own = isinstance(error, DataError) and not isinstance(error, DataSetError)
-        raise SystemExit(f"error: {error}" if own or not rank else 1) from None
+        record(partial(_briefly, main))(arguments)
+    except _Stopped as error:
+        raise SystemExit(str(error) if error.prints else 1) from None
 
 
 def quiet_libraries() -> None:
@@ -60,6 +80,10 @@ def quiet_libraries() -> None:
 def load_config(arguments: Sequence[str]) -> RunConfig:
     """The config of `CONFIG [key=value ...]`."""
     return load(arguments[0], arguments[1:])
+
+
+_LEFT_ALONE = ("Connection closed by peer", "Connection reset by peer")
+"""How gloo says that the process at the other end is gone."""
 
 
 class DataSetError(DataError):

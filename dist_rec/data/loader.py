@@ -22,7 +22,7 @@ from dist_rec.data.blocks import BatchBuilder
 from dist_rec.data.footers import DataError, FileFooter, fingerprint, is_list, open_file
 from dist_rec.data.ids import PolicyCounts
 from dist_rec.data.parquet import DECODED_VALUES, Columns, Place, convert, decode, id_dtype, is_fixed
-from dist_rec.data.read_ahead import Channel, Closed, DaemonPool, RowGroupCache
+from dist_rec.data.read_ahead import Channel, Closed, DaemonPool, RowGroupCache, yield_to_training
 from dist_rec.data.row_groups import Block, Course, EpochOrder, positions
 from dist_rec.data.schema import Schema
 from dist_rec.data.synthetic import SyntheticConfig
@@ -270,6 +270,7 @@ class _Reader:
             self._thread.join(_JOIN_SECONDS)
 
     def _run(self) -> None:
+        yield_to_training()
         number, counts = 0, PolicyCounts()
         try:
             for block in self._blocks(counts):

@@ -176,7 +176,10 @@ class StepOptimizer:
             norm = nn.utils.get_total_norm(gradients.values())
             if not torch.isfinite(norm):
                 names = [n for n, g in gradients.items() if not g.isfinite().all()]
-                raise NonFiniteGradient(f"gradient norm {norm.item()}; non-finite in {', '.join(names[:5]) or 'none'}")
+                where = (
+                    f"non-finite in {', '.join(names[:5])}" if names else "all values are finite, the norm overflows"
+                )
+                raise NonFiniteGradient(f"gradient norm {norm.item()}; {where}")
             if self._config.clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(self._dense.values(), self._config.clip_norm, norm)
         self.combined.step()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import ctypes
+import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
