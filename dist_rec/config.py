@@ -127,8 +127,7 @@ def from_mapping(values: dict[str, Any], device_type: str | None = None) -> RunC
 def read(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The merged mapping, not yet typed: the file, on top of the files its `base` key lists, under the overrides."""
     try:
-        merged = OmegaConf.merge(_read_file(Path(path), ()), _read_overrides(overrides))
-        assert isinstance(merged, DictConfig)
+        merged = _merged(" ".join(overrides), _read_file(Path(path), ()), _read_overrides(overrides))
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError([Complaint(getattr(error, "full_key", None) or path, str(error).splitlines()[0])]) from error
@@ -153,9 +152,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     bases = config.pop("base", [])
     bases = [bases] if isinstance(bases, str) else list(bases or [])
     layers = [_read_file(path.parent / base, (*seen, path.resolve())) for base in bases]
-    merged = OmegaConf.merge(*layers, config)
-    assert isinstance(merged, DictConfig)
-    return merged
+    return _merged(str(path), *layers, config)
 
 
 def _read_overrides(overrides: Sequence[str]) -> DictConfig:
@@ -164,7 +161,26 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(
             [Complaint(o, "is not an override; write key=value, for example train.steps=100") for o in bad]
         )
-    return OmegaConf.from_dotlist(list(overrides))
+    merged = DictConfig({})
+    for override in overrides:
+        try:
+            parsed = OmegaConf.from_dotlist([override])
+        except yaml.YAMLError:  # a glob such as *.parquet is no YAML, but it is a good path
+            key, _, text = override.partition("=")
+            parsed = DictConfig({})
+            OmegaConf.update(parsed, key, text, force_add=True)
+        merged = _merged(override, merged, parsed)
+    return merged
+
+
+def _merged(what: str, *layers: DictConfig) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(*layers)
+    except (TypeError, ValueError) as error:  # a list where a mapping is, or the reverse
+        reason = str(error).splitlines()[0]
+        raise ConfigError([Complaint(what, f"does not fit what it overrides ({reason}); keep its shape")]) from error
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:

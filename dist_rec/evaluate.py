@@ -30,7 +30,8 @@ Overrides:
   run.dir=runs/mine                the run whose checkpoints are read
   evaluate.split=test              train, validation or test (default: test)
   evaluate.step=1000               which checkpoint; default: the best of an early-stopping run, else the newest
-  evaluate.predictions=out.parquet also write logits, labels, weights and groups of every row
+  evaluate.predictions=out.parquet also write every row, in no particular order: logit_<label>, label_<label>, weight,
+                                   and a column per group of the schema (declare a row id as a group to join by it)
   data.test=PATH                   evaluate other files
 
 On several ranks:  torchrun --nproc-per-node 2 -m dist_rec.evaluate CONFIG [key=value ...]
@@ -46,7 +47,8 @@ def run(config: RunConfig) -> dict[str, Any]:
 def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     split, folder = config.evaluate.split, Path(config.run.dir)
     if getattr(config.data, split) is None:
-        text = f"is empty; set it, or choose another evaluate.split than {split}"
+        others = [s for s in ("validation", "train") if getattr(config.data, s) is not None]
+        text = f"is empty; set it, or choose evaluate.split={' or '.join(others)}"
         raise ConfigError([Complaint(f"data.{split}", text)])
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, runtime)
     checkpoint = _choose(checkpointer, config.evaluate.step)
@@ -64,6 +66,7 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
         if found.policies:
             print(describe_policies(found.policies))
         if config.evaluate.predictions:
+            print(f"predictions: {config.evaluate.predictions}")
             write_predictions(found.rows, config.schema, Path(config.evaluate.predictions))
     return result
 

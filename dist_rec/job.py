@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from dist_rec.training.checkpoint import CheckpointError
 from dist_rec.training.runtime import Runtime, rank_from_environment
 from dist_rec.training.trainer import TrainingStopped
 
+log = logging.getLogger(__name__)
+
 USER_ERRORS = (ConfigError, DataError, PlanError, CheckpointError, TrainingStopped)
 """Errors whose message is all a user needs; they end the process without a traceback."""
 
@@ -28,9 +31,9 @@ USER_ERRORS = (ConfigError, DataError, PlanError, CheckpointError, TrainingStopp
 class _Stopped(Exception):
     """An error a user can act on, in one message, and whether this rank prints it."""
 
-    def __init__(self, message: str, prints: bool) -> None:
+    def __init__(self, message: str, prints: bool, code: int = 1) -> None:
         super().__init__(message)
-        self.prints = prints
+        self.prints, self.code = prints, code
 
 
 def _briefly(main: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> None:
@@ -38,6 +41,9 @@ def _briefly(main: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> 
     rank = rank_from_environment()
     try:
         main(arguments)
+    except KeyboardInterrupt:
+        text = "interrupted; the same command goes on from the newest checkpoint in run.dir, if one was written"
+        raise _Stopped(text, prints=not rank, code=130) from None
     except USER_ERRORS as error:
         # most of these are raised on every rank: rank 0 says them, the others leave in silence
         own = isinstance(error, DataError) and not isinstance(error, DataSetError)
@@ -62,7 +68,11 @@ def run_entry(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | N
     try:
         record(partial(_briefly, main))(arguments)
     except _Stopped as error:
-        raise SystemExit(str(error) if error.prints else 1) from None
+        if error.prints and error.code == 1:
+            raise SystemExit(str(error)) from None  # Python prints it and exits with 1
+        if error.prints:
+            print(error, file=sys.stderr)
+        raise SystemExit(error.code) from None
 
 
 def quiet_libraries() -> None:
@@ -161,13 +171,19 @@ def _read_splits(config: RunConfig, splits: Sequence[str], world_size: int) -> d
         except OSError as error:
             raise DataError(f"data.synthetic.path: '{config.data.synthetic.path}' cannot be written "
                             f"({error.strerror}); choose another folder") from error  # fmt: skip
-    found = {}
+    found: dict[str, list[FileFooter]] = {}
+    owner: dict[str, str] = {}
     for split in splits:
         path = getattr(config.data, split)
         if path is None:
             continue
         found[split] = read_footers(path)
         check_columns(found[split], config.schema)
+        for footer in found[split]:
+            if owner.setdefault(os.path.realpath(footer.path), split) != split:
+                first = owner[os.path.realpath(footer.path)]
+                log.warning("data.%s and data.%s share %s: its metrics flatter the model", first, split, footer.path)
+                break
         rows = sum(sum(f.row_group_rows) for f in found[split])
         if rows < world_size:
             raise DataError(f"data.{split} has {rows} rows for {world_size} ranks: every rank needs at least one row; "

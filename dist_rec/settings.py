@@ -117,6 +117,11 @@ def _convert(hint: Any, value: Any, key: str, complaints: list[Complaint]) -> An
     if dataclasses.is_dataclass(hint):
         return _dataclass(typing.cast(type, hint), value, key, complaints)
     if origin is dict and isinstance(value, Mapping):
+        for name in (n for n in value if not isinstance(n, str)):
+            text = f"is the {type(name).__name__} {name!r} and not text; write it in quotes: '{name}'"
+            complaints.append(Complaint(_join(key, name), text))
+        if not all(isinstance(n, str) for n in value):
+            return _INVALID
         return {n: _convert(args[1], v, _join(key, n), complaints) for n, v in value.items()}
     if origin is list and isinstance(value, list):
         return [_convert(args[0], v, f"{key}[{i}]", complaints) for i, v in enumerate(value)]

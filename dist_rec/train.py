@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dist_rec import versions
 from dist_rec.config import RunConfig, to_mapping, to_yaml
@@ -33,7 +34,8 @@ Overrides that every config understands:
   checkpoint.every=500 train.eval_every=500     in steps
 
 On several ranks of one machine:  torchrun --nproc-per-node 2 -m dist_rec.train CONFIG [key=value ...]
-On a cluster:                     torchx run -s slurm launch/components.py:train --config CONFIG -- [key=value ...]
+On a cluster:                     torchx run -s slurm launch/components.py:train --config CONFIG --ranks 8 --gpu 8 \\
+                                      -- [key=value ...]
 """
 
 
@@ -52,6 +54,7 @@ class _Training:
         self.started = time.perf_counter()
         self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint, runtime)
         self.checkpointer.check_shared()
+        self._lock = self._locked()
         self.checkpoint = self.checkpointer.latest()
         if self.checkpoint is not None and config.checkpoint.resume == "never":
             raise CheckpointError(
@@ -67,6 +70,20 @@ class _Training:
         if saved is not None:
             check_reshardable(saved, sharding_types(self.parts.plan), config.optim.tables.name)
         self.loader = self.data.train(cursor)
+
+    def _locked(self) -> TextIO | None:
+        """Rank 0 holds a lock on the run folder, which ends with the process; a second run in it is refused."""
+        lock, problem = None, None
+        if self.runtime.is_main:
+            lock = open(self.checkpointer.folder / ".lock", "a+")  # noqa: SIM115 - held until the process ends
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem = f"{self.folder} is in use by another run; wait for its end, or choose another run.dir"
+        problem = self.runtime.broadcast(problem)
+        if problem is not None:
+            raise CheckpointError(problem)
+        return lock
 
     def run(self) -> dict[str, Any]:
         total_steps = self._total_steps()
@@ -85,11 +102,16 @@ class _Training:
                     f"continuing after step {self.checkpoint.step} from {self.checkpoint.path}, "
                     f"written by {self.checkpoint.meta['world_size']} rank(s)"
                 )
+                if p.step >= total_steps:
+                    end = f"nothing to train: train.steps and train.epochs end at step {total_steps}"
+                    reporter.line(f"{end}; raise them to go on, or choose another run.dir to start anew")
             validation = trainer.fit()
             return self._finish(trainer, validation, reporter)
         finally:
             self.loader.close()
             reporter.close()
+            if self._lock is not None:
+                self._lock.close()
 
     def _total_steps(self) -> int:
         done = self.checkpoint.step if self.checkpoint is not None else 0

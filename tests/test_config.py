@@ -293,3 +293,17 @@ def test_every_model_has_a_smoke_card():
     cards = [p for p in CARDS if p.parent.name == "smoke"]
     models = {read(str(p))["model"]["name"] for p in cards}
     assert models == set(choice("models").names())
+
+
+def test_a_glob_is_a_good_override(tmp_path):
+    card = _write(tmp_path / "c.yaml", values("x", tmp_path / "run"))
+    assert load(card, ["data.train=*.parquet", "train.steps=7"]).data.train == "*.parquet"
+
+
+def test_a_list_for_a_mapping_and_keys_that_are_no_text_are_complaints(tmp_path):
+    card = _write(tmp_path / "c.yaml", values("x", tmp_path / "run"))
+    with pytest.raises(ConfigError, match="does not fit what it overrides"):
+        load(card, ["schema.sparse=[user]"])
+    numbers = merged(values("x", tmp_path / "run"), {"schema": {"sparse": {0: {"num_ids": 2}}}})
+    with pytest.raises(ConfigError, match=r"schema\.sparse\.0: is the int 0 and not text; write it in quotes"):
+        from_mapping(numbers)

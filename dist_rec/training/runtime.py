@@ -156,6 +156,8 @@ def process(settings: RunSettings) -> Iterator[Runtime]:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if not cuda:
         _keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # as torchrun has it: threads of ranks or of neighbours would wait for each other
     else:
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,12 @@ def test_time_and_policies_are_of_the_whole_run(data, tmp_path):
 
 def _users(data: Path) -> list[int]:
     return pq.read_table(data)["user"].to_pylist()
+
+
+def test_a_second_run_in_a_folder_in_use_is_refused(data, tmp_path):
+    run = values(data, tmp_path / "run", train={"steps": 4})
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with open(tmp_path / "run" / "checkpoints" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert all("is in use by another run" in said[0] for said in run_ranks(_attempts, 2, [run]))
+    assert run_ranks(_attempts, 2, [run])[0] == ["trained"]
