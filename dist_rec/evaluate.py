@@ -15,8 +15,9 @@ from dist_rec.data.schema import Schema
 from dist_rec.job import JobData, load_config, run_entry
 from dist_rec.metrics.rows import Rows
 from dist_rec.recommender import distribute
+from dist_rec.serving.scores import score_columns
 from dist_rec.settings import Complaint, ConfigError
-from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError
+from dist_rec.training.checkpoint import Checkpointer
 from dist_rec.training.evaluation import evaluate
 from dist_rec.training.report import format_table, to_json
 from dist_rec.training.runtime import Runtime, process
@@ -30,8 +31,9 @@ Overrides:
   run.dir=runs/mine                the run whose checkpoints are read
   evaluate.split=test              train, validation or test (default: test)
   evaluate.step=1000               which checkpoint; default: the best of an early-stopping run, else the newest
-  evaluate.predictions=out.parquet also write every row, in no particular order: logit_<label>, label_<label>, weight,
-                                   and a column per group of the schema (declare a row id as a group to join by it)
+  evaluate.predictions=out.parquet also write every row, in no particular order: logit_<label>, probability_<label> (of
+                                   binary labels), label_<label>, weight, and a column per group of the schema (declare
+                                   a row id as a group to join by it)
   data.test=PATH                   evaluate other files
 
 On several ranks:  torchrun --nproc-per-node 2 -m dist_rec.evaluate CONFIG [key=value ...]
@@ -51,7 +53,7 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
         text = f"is empty; set it, or choose evaluate.split={' or '.join(others)}"
         raise ConfigError([Complaint(f"data.{split}", text)])
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, runtime)
-    checkpoint = _choose(checkpointer, config.evaluate.step)
+    checkpoint = checkpointer.chosen(config.evaluate.step)
     data = JobData(config, runtime, splits=(split,))
     parts = distribute(config, runtime)
     checkpointer.load(checkpoint, parts.model, None)
@@ -71,20 +73,10 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     return result
 
 
-def _choose(checkpointer: Checkpointer, step: int | None) -> Checkpoint:
-    newest = checkpointer.latest()
-    if newest is None:
-        raise CheckpointError(f"{checkpointer.folder} has no complete checkpoint; train first, or correct run.dir")
-    wanted = step if step is not None else newest.meta["progress"]["best_step"]
-    return newest if wanted is None else checkpointer.at(wanted)
-
-
 def write_predictions(rows: Rows, schema: Schema, path: Path) -> None:
-    """Rows as Parquet, in no particular order: logit_<label>, label_<label>, weight, and a column per group."""
-    columns: dict[str, Any] = {}
-    for i, label in enumerate(schema.labels):
-        columns[f"logit_{label}"] = rows.predictions[:, i]
-        columns[f"label_{label}"] = rows.labels[:, i]
+    """Rows as Parquet, in no particular order: the columns of `score_columns`, label_<label>, weight, one per group."""
+    columns: dict[str, Any] = score_columns(rows.predictions, schema)
+    columns |= {f"label_{label}": rows.labels[:, i] for i, label in enumerate(schema.labels)}
     columns |= {"weight": rows.weights, **rows.groups}
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)

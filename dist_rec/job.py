@@ -17,6 +17,7 @@ from dist_rec.data import synthetic
 from dist_rec.data.footers import DataError, FileFooter, check_columns, read_footers
 from dist_rec.data.loader import Loader
 from dist_rec.embeddings.sharding import PlanError
+from dist_rec.serving.tensor_file import TensorFileError
 from dist_rec.settings import ConfigError
 from dist_rec.training.checkpoint import CheckpointError
 from dist_rec.training.runtime import Runtime, rank_from_environment
@@ -24,7 +25,7 @@ from dist_rec.training.trainer import TrainingStopped
 
 log = logging.getLogger(__name__)
 
-USER_ERRORS = (ConfigError, DataError, PlanError, CheckpointError, TrainingStopped)
+USER_ERRORS = (ConfigError, DataError, PlanError, CheckpointError, TensorFileError, TrainingStopped)
 """Errors whose message is all a user needs; they end the process without a traceback."""
 
 

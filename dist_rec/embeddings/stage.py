@@ -18,6 +18,12 @@ from dist_rec.embeddings.mlet import FactoredCollection
 from dist_rec.embeddings.tables import Table, output_names
 
 
+def second_layer_of(name: str) -> str | None:
+    """Name of a table's weights in the model's state -> name of its second layer, which a plain table does not have."""
+    first = "embeddings.collection.embedding_bags."
+    return f"embeddings.projections.{name[len(first) :].removesuffix('.weight')}" if name.startswith(first) else None
+
+
 class EmbeddingStage(nn.Module):
     """All tables of a model in one collection, so that a step has one look-up and one exchange.
 
