@@ -206,6 +206,15 @@ def test_overrides_have_the_types_of_yaml_and_reach_any_depth(tmp_path):
     assert config.run.dir == "runs/a=b"
 
 
+def test_a_whole_number_may_be_written_with_an_exponent(tmp_path):
+    path = _write(tmp_path / "c.yaml", _base(tmp_path))
+    assert load(path, ["train.steps=1e3"]).train.steps == 1000
+    with pytest.raises(ConfigError, match=r"train\.steps: is 1\.5; expected an integer"):
+        load(path, ["train.steps=1.5"])
+    with pytest.raises(ConfigError, match=r"run\.dir: is None; expected text"):
+        load(path, ["run.dir="])
+
+
 @pytest.mark.parametrize("bad", ["train.steps", "--train.steps=5", "-x=1"])
 def test_what_is_no_override_is_named(tmp_path, bad):
     path = _write(tmp_path / "c.yaml", _base(tmp_path))
