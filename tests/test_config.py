@@ -89,6 +89,7 @@ def test_the_base_of_these_tests_is_good(tmp_path):
         ({"schema": {"labels": {"click": {"kind": "real"}}}}, "objective.name", "kind: real"),
         ({"schema": {"sparse": {"user": {"weights": "w"}}}}, "schema.sparse.user.weights", "set multi: true"),
         ({"schema": {"dense": {"d0": {"std": 0}}}}, "schema.dense.d0.std", "must be > 0"),
+        ({"schema": {"groups": {"g": {"column": "d0", "scale": -1.0}}}}, "schema.groups.g.scale", "use a number > 0"),
         ({"objective": {"name": "bce", "label_weights": {"x": 1}}}, "objective.label_weights.x", "known: click"),
         ({"metrics": {"by": ["country"]}}, "metrics.by", "'country', which is no group of the schema; known: row"),
         ({"optim": {"schedule": {"decay": "cosine"}}}, "optim.schedule.decay_steps", "over how many steps"),
