@@ -12,12 +12,9 @@ import pyarrow.parquet as pq
 from dist_rec.config import RunConfig
 from dist_rec.data.ids import describe_policies
 from dist_rec.data.schema import Schema
-from dist_rec.job import JobData, load_config, run_entry
+from dist_rec.job import load_config, restore, run_entry
 from dist_rec.metrics.rows import Rows
-from dist_rec.recommender import distribute
 from dist_rec.serving.scores import score_columns
-from dist_rec.settings import Complaint, ConfigError
-from dist_rec.training.checkpoint import Checkpointer
 from dist_rec.training.evaluation import evaluate
 from dist_rec.training.report import format_table, to_json
 from dist_rec.training.runtime import Runtime, process
@@ -31,9 +28,9 @@ Overrides:
   run.dir=runs/mine                the run whose checkpoints are read
   evaluate.split=test              train, validation or test (default: test)
   evaluate.step=1000               which checkpoint; default: the best of an early-stopping run, else the newest
-  evaluate.predictions=out.parquet also write every row, in no particular order: logit_<label>, probability_<label> (of
-                                   binary labels), label_<label>, weight, and a column per group of the schema (declare
-                                   a row id as a group to join by it)
+  evaluate.predictions=out.parquet also write every row of weight > 0, in the order of the files: logit_<label>,
+                                   probability_<label> (of binary labels), label_<label>, weight, and a column per group
+                                   of the schema
   data.test=PATH                   evaluate other files
 
 On several ranks:  torchrun --nproc-per-node 2 -m dist_rec.evaluate CONFIG [key=value ...]
@@ -48,22 +45,14 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     split, folder = config.evaluate.split, Path(config.run.dir)
-    if getattr(config.data, split) is None:
-        others = [s for s in ("validation", "train") if getattr(config.data, s) is not None]
-        text = f"is empty; set it, or choose evaluate.split={' or '.join(others)}"
-        raise ConfigError([Complaint(f"data.{split}", text)])
-    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, runtime)
-    checkpoint = checkpointer.chosen(config.evaluate.step)
-    data = JobData(config, runtime, splits=(split,))
-    parts = distribute(config, runtime)
-    checkpointer.load(checkpoint, parts.model, None)
-    loader = data.once(split)
+    trained = restore(config, runtime)
     groups = list(config.schema.groups) if config.evaluate.predictions else None
-    found = evaluate(parts.model, loader, config.schema, config.metrics, runtime, groups)
-    result = {"step": checkpoint.step, "split": split, "metrics": found.metrics, "data_policies": found.policies}
+    found = evaluate(trained.model, trained.data.once(split), config.schema, config.metrics, runtime, groups)
+    step, path = trained.checkpoint.step, trained.checkpoint.path
+    result = {"step": step, "split": split, "metrics": found.metrics, "data_policies": found.policies}
     if found.rows is not None:
         (folder / f"evaluation-{split}.json").write_text(to_json(result, indent=1))
-        print(f"step {checkpoint.step}, {checkpoint.path}")
+        print(f"step {step}, {path}")
         print(format_table({split: found.metrics}))
         if found.policies:
             print(describe_policies(found.policies))
@@ -74,7 +63,7 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
 
 
 def write_predictions(rows: Rows, schema: Schema, path: Path) -> None:
-    """Rows as Parquet, in no particular order: the columns of `score_columns`, label_<label>, weight, one per group."""
+    """Rows as Parquet, in their order: the columns of `score_columns`, label_<label>, weight, one per group."""
     columns: dict[str, Any] = score_columns(rows.predictions, schema)
     columns |= {f"label_{label}": rows.labels[:, i] for i, label in enumerate(schema.labels)}
     columns |= {"weight": rows.weights, **rows.groups}

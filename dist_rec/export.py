@@ -16,7 +16,7 @@ from dist_rec.recommender import plain, served
 from dist_rec.serving.collapse import collapse, format_report
 from dist_rec.serving.exported import CONFIG, REPORT, TENSORS
 from dist_rec.settings import Complaint, ConfigError
-from dist_rec.training.checkpoint import choose
+from dist_rec.training.checkpoint import trained
 from dist_rec.training.compatible import check_compatible
 from dist_rec.training.report import to_json
 from dist_rec.training.stored import StoredModel
@@ -43,7 +43,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     if folder.exists() and not (folder / REPORT).is_file():
         text = f"is '{folder}', which exists and is no export; choose another folder, or remove it"
         raise ConfigError([Complaint("export.path", text)])
-    checkpoint = choose(Path(config.run.dir) / "checkpoints", config.export.step)
+    checkpoint = trained(Path(config.run.dir) / "checkpoints", config.export.step)
     check_compatible(checkpoint.meta["config"], to_mapping(config))
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

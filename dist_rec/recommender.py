@@ -17,7 +17,7 @@ from dist_rec.contract import ArchOutput, StepOutput
 from dist_rec.data.batch import Batch
 from dist_rec.embeddings import sharding
 from dist_rec.embeddings.stage import EmbeddingStage
-from dist_rec.embeddings.tables import EmbeddingsConfig, Table, TableOptions, make_tables
+from dist_rec.embeddings.tables import Table, make_tables
 from dist_rec.training.optim import StepOptimizer, fuse_table_optimizer
 from dist_rec.training.runtime import Runtime
 
@@ -108,13 +108,10 @@ def plain(config: RunConfig) -> RunConfig:
 
     How a table pools stays; where it lies and how it is trained does not concern a server.
     """
-    own = {
-        name: TableOptions(pooling=o.pooling, init_bound=o.init_bound) for name, o in config.embeddings.tables.items()
-    }
-    tables = EmbeddingsConfig(
-        pooling=config.embeddings.pooling, init_bound=config.embeddings.init_bound, tables=own
-    )  # fmt: skip
-    return replace(config, auxiliary={}, embeddings=tables)
+    given = config.embeddings
+    own = {name: replace(o, inner_dim=None, sharding=None, kernel=None) for name, o in given.tables.items()}
+    single = replace(given, inner_dim=None, sharding="auto", kernel="auto", tables=own)
+    return replace(config, auxiliary={}, embeddings=single)
 
 
 def served(config: RunConfig) -> Recommender:

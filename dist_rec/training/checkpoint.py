@@ -93,8 +93,8 @@ def find(folder: Path) -> list[Checkpoint]:
     return found
 
 
-def choose(folder: Path, step: int | None) -> Checkpoint:
-    """The checkpoint of step `step`; without one, the best of a run that stopped early by a metric, else the newest.
+def trained(folder: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint that stands for the run: of step `step`, or else the best by early stopping, or the newest.
 
     Raises:
         CheckpointError: it does not exist or is not complete.
@@ -158,9 +158,9 @@ class Checkpointer:
         """The checkpoint of step `step`; raises CheckpointError if it is not complete."""
         return self._seen_by_rank_0(lambda: at(self.folder, step))
 
-    def chosen(self, step: int | None) -> Checkpoint:
-        """See `choose`."""
-        return self._seen_by_rank_0(lambda: choose(self.folder, step))
+    def trained(self, step: int | None = None) -> Checkpoint:
+        """The checkpoint that stands for the run, see the function `trained`."""
+        return self._seen_by_rank_0(lambda: trained(self.folder, step))
 
     def _seen_by_rank_0(self, look: Callable[[], Any]) -> Any:
         answer: Any = None
