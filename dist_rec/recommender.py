@@ -93,6 +93,7 @@ def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, l
         sets,
         is_weighted=schema.is_weighted,
         project=config.embeddings.project,
+        train_projection=config.embeddings.train_projection,
         device=torch.device(table_device),
     )
     torch.manual_seed(config.run.seed)

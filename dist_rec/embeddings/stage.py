@@ -45,6 +45,7 @@ class EmbeddingStage(nn.Module):
         *,
         is_weighted: bool,
         project: str,
+        train_projection: bool,
         device: torch.device,
     ):
         super().__init__()
@@ -59,7 +60,9 @@ class EmbeddingStage(nn.Module):
             for t in tables
         ]
         factored = [t for t in tables if t.inner_dim is not None]
-        self.projections = nn.ParameterDict({t.name: nn.Parameter(torch.empty(t.width, t.dim)) for t in factored})
+        self.projections = nn.ParameterDict(
+            {t.name: nn.Parameter(torch.empty(t.width, t.dim), requires_grad=train_projection) for t in factored}
+        )
         second_layers = dict(self.projections.items())
         if factored and project == "before":
             self.collection = FactoredCollection(configs, second_layers, is_weighted=is_weighted, device=device)
