@@ -113,16 +113,6 @@ class Regroup(nn.Module):
                 served = [x @ projections[s.table] if s.table in projections else x for s, x in pairs]
             stacked = torch.stack(served, dim=1)
             result[name] = self._divide(stacked, name, sparse) if any(self._mean[name]) else stacked
-        return self._touched(result)
-
-    def _touched(self, result: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same values, with every projection in their graph: a rank that holds no shard of a table does not use its
-        projection, and data parallelism would wait for the gradient for ever."""
-        projections = self._second_layers()
-        if projections and torch.is_grad_enabled():
-            first = next(iter(result))
-            zero = torch.stack([w.sum() for w in projections.values()]).sum() * 0
-            result[first] = result[first] + zero
         return result
 
     def _divide(self, stacked: Tensor, name: str, sparse: KeyedJaggedTensor) -> Tensor:
