@@ -75,6 +75,12 @@ def test_the_base_of_these_tests_is_good(tmp_path):
             "embeddings.pooling",
             "feature 'tags' has a weight per id",
         ),
+        (
+            {"model": {"dim": 6, "bottom": [6]}},
+            "embeddings.tables.user",
+            "is 6 columns wide, as 3 table(s) are; FBGEMM's",
+        ),
+        ({"sharding": {"min_columns": 2}}, "sharding.min_columns", "is 2; FBGEMM's fused kernels need a multiple of 4"),
         ({"embeddings": {"kernel": "fused_uvm_caching"}}, "embeddings.kernel", "needs a GPU; on CPU use auto or fused"),
         ({"train": {"steps": None, "epochs": None}}, "train.steps", "would never end; set one of them"),
         ({"train": {"steps": 0}}, "train.steps", "is 0; use at least 1"),
