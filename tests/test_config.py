@@ -77,7 +77,7 @@ def test_the_base_of_these_tests_is_good(tmp_path):
         ),
         (
             {"model": {"dim": 6, "bottom": [6]}},
-            "embeddings.tables.user",
+            "embeddings.tables.main_user",
             "is 6 columns wide, as 3 table(s) are; FBGEMM's",
         ),
         ({"sharding": {"min_columns": 2}}, "sharding.min_columns", "is 2; FBGEMM's fused kernels need a multiple of 4"),
