@@ -11,6 +11,8 @@ VERBS = {
     "init": ("dist_rec.init", "write a commented starting config for a Parquet data set"),
     "train": ("dist_rec.train", "train a model by a config"),
     "evaluate": ("dist_rec.evaluate", "evaluate a trained run"),
+    "export": ("dist_rec.export", "write what is served of a trained run: one layer per table, no process group"),
+    "predict": ("dist_rec.predict", "score a Parquet data set with an export"),
     "plan": ("dist_rec.plan", "show which rank would hold which table, offline"),
 }
 

@@ -22,6 +22,7 @@ from dist_rec.embeddings.sharding import ShardingConfig, check_columns, check_ke
 from dist_rec.embeddings.tables import EmbeddingsConfig, make_tables
 from dist_rec.metrics.compute import MetricsConfig
 from dist_rec.metrics.compute import names as metric_names
+from dist_rec.serving.collapse import ExportConfig
 from dist_rec.settings import COMPONENT, Choice, Complaint, ConfigError, gather, parse
 from dist_rec.training.checkpoint import CheckpointConfig
 from dist_rec.training.evaluation import EvaluateConfig
@@ -63,6 +64,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
@@ -131,6 +133,13 @@ def read(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError([Complaint(getattr(error, "full_key", None) or path, str(error).splitlines()[0])]) from error
+    assert isinstance(values, dict)
+    return values  # type: ignore[return-value]
+
+
+def overrides_mapping(overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested mapping of `key=value` texts, not yet typed."""
+    values = OmegaConf.to_container(_read_overrides(overrides), resolve=True)
     assert isinstance(values, dict)
     return values  # type: ignore[return-value]
 

@@ -14,6 +14,7 @@ from dist_rec.data.ids import describe_policies
 from dist_rec.data.schema import Schema
 from dist_rec.job import load_config, restore, run_entry
 from dist_rec.metrics.rows import Rows
+from dist_rec.serving.scores import score_columns
 from dist_rec.training.evaluation import evaluate
 from dist_rec.training.report import format_table, to_json
 from dist_rec.training.runtime import Runtime, process
@@ -28,7 +29,8 @@ Overrides:
   evaluate.split=test              train, validation or test (default: test)
   evaluate.step=1000               which checkpoint; default: the best of an early-stopping run, else the newest
   evaluate.predictions=out.parquet also write every row of weight > 0, in the order of the files: logit_<label>,
-                                   label_<label>, weight, and a column per group of the schema
+                                   probability_<label> (of binary labels), label_<label>, weight, and a column per group
+                                   of the schema
   data.test=PATH                   evaluate other files
 
 On several ranks:  torchrun --nproc-per-node 2 -m dist_rec.evaluate CONFIG [key=value ...]
@@ -61,11 +63,9 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
 
 
 def write_predictions(rows: Rows, schema: Schema, path: Path) -> None:
-    """Rows as Parquet, in their order: logit_<label>, label_<label>, weight, and a column per group."""
-    columns: dict[str, Any] = {}
-    for i, label in enumerate(schema.labels):
-        columns[f"logit_{label}"] = rows.predictions[:, i]
-        columns[f"label_{label}"] = rows.labels[:, i]
+    """Rows as Parquet, in their order: the columns of `score_columns`, label_<label>, weight, one per group."""
+    columns: dict[str, Any] = score_columns(rows.predictions, schema)
+    columns |= {f"label_{label}": rows.labels[:, i] for i, label in enumerate(schema.labels)}
     columns |= {"weight": rows.weights, **rows.groups}
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)

@@ -20,6 +20,7 @@ from dist_rec.data.footers import DataError, FileFooter, check_columns, read_foo
 from dist_rec.data.loader import Loader
 from dist_rec.embeddings.sharding import PlanError
 from dist_rec.recommender import distribute
+from dist_rec.serving.tensor_file import TensorFileError
 from dist_rec.settings import Complaint, ConfigError
 from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError
 from dist_rec.training.runtime import Runtime, rank_from_environment
@@ -27,7 +28,7 @@ from dist_rec.training.trainer import TrainingStopped
 
 log = logging.getLogger(__name__)
 
-USER_ERRORS = (ConfigError, DataError, PlanError, CheckpointError, TrainingStopped)
+USER_ERRORS = (ConfigError, DataError, PlanError, CheckpointError, TensorFileError, TrainingStopped)
 """Errors whose message is all a user needs; they end the process without a traceback."""
 
 

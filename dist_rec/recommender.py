@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
 from dist_rec.config import RunConfig
-from dist_rec.contract import StepOutput
+from dist_rec.contract import ArchOutput, StepOutput
 from dist_rec.data.batch import Batch
 from dist_rec.embeddings import sharding
 from dist_rec.embeddings.stage import EmbeddingStage
@@ -23,7 +23,7 @@ from dist_rec.training.runtime import Runtime
 
 
 class DensePart(nn.Module):
-    """Arch, objective and auxiliaries: everything that is data-parallel.
+    """Arch, objective and auxiliaries: everything that is data-parallel. A model that only serves has no objective.
 
     TorchRec traces only modules that contain a sharded one, so what is below this module may be ordinary Python.
     """
@@ -31,15 +31,19 @@ class DensePart(nn.Module):
     def __init__(self, arch: nn.Module, objective: nn.Module, auxiliaries: Mapping[str, nn.Module], precision: str):
         super().__init__()
         self.arch: Any = arch
-        self.objective = objective
+        self.objective: Any = objective
         self.auxiliaries = nn.ModuleDict(auxiliaries)
         self._precision = precision
 
-    def forward(self, batch: Batch, tables: dict[str, Tensor]) -> tuple[Tensor, StepOutput]:
-        """tables: set name -> (B, F, D). Returns the loss to minimise (scalar, float32) and what the step leaves."""
+    def score(self, batch: Batch, tables: dict[str, Tensor]) -> ArchOutput:
+        """tables: set name -> (B, F, D). What the arch makes of them; predictions (B, T) in float32."""
         with torch.autocast(batch.dense.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
             output = self.arch(batch.dense, tables, batch.groups)
-        output = output._replace(predictions=output.predictions.float())
+        return output._replace(predictions=output.predictions.float())
+
+    def forward(self, batch: Batch, tables: dict[str, Tensor]) -> tuple[Tensor, StepOutput]:
+        """tables: set name -> (B, F, D). Returns the loss to minimise (scalar, float32) and what the step leaves."""
+        output = self.score(batch, tables)
 
         def encode(view: str) -> Tensor:
             with torch.autocast(batch.dense.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
@@ -70,6 +74,10 @@ class Recommender(nn.Module):
         """One step on one rank's batch: (loss, detached outputs)."""
         return self.dense(batch, self.embeddings(batch.sparse))
 
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, T) float32, for models that are not sharded; labels, weights and an objective are not needed."""
+        return self.dense.score(batch, self.embeddings(batch.sparse)).predictions
+
 
 def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, list[Table]]:
     """The unsharded model with its tables on `table_device`, and the list of its tables.
@@ -85,6 +93,7 @@ def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, l
         sets,
         is_weighted=schema.is_weighted,
         project=config.embeddings.project,
+        train_projection=config.embeddings.train_projection,
         device=torch.device(table_device),
     )
     torch.manual_seed(config.run.seed)
@@ -93,6 +102,24 @@ def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, l
     with torch.random.fork_rng(devices=[]):
         extra = {name: c.build(schema, arch.representation_dims) for name, c in config.auxiliary.items()}
     return Recommender(stage, DensePart(arch, objective, extra, config.train.precision)), tables
+
+
+def plain(config: RunConfig) -> RunConfig:
+    """The config of the model that is served, on one device: single-layer tables, no auxiliaries.
+
+    How a table pools stays; where it lies and how it is trained does not concern a server.
+    """
+    given = config.embeddings
+    own = {name: replace(o, inner_dim=None, sharding=None, kernel=None) for name, o in given.tables.items()}
+    single = replace(given, inner_dim=None, sharding="auto", kernel="auto", tables=own)
+    return replace(config, auxiliary={}, embeddings=single)
+
+
+def served(config: RunConfig) -> Recommender:
+    """The model that `plain(config)` trains, without its objective; unsharded, its tables on the meta device."""
+    model, _ = build(plain(config))
+    model.dense.objective = None
+    return model
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "auxiliary": {"contract", "data", "nn", "settings"},
     "metrics": {"contract", "data", "settings"},
     "training": {"contract", "data", "metrics", "settings"},
+    "serving": {"contract", "data", "embeddings", "settings", "training"},
 }
 """Room or module of dist_rec -> the others it may import. RunConfig (config) is in none: it stops at the entries."""
 
