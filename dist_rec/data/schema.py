@@ -6,6 +6,7 @@ their inputs by it. Feature, dense and label names are Parquet column names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -100,12 +101,15 @@ class GroupColumn:
     """
 
     column: str
+    # a null (with `scale` a NaN too): "error" stops; "fill" reads `fill`; "reserved" reads the value num_ids. Counted.
+    on_null: Literal["error", "fill", "reserved"] = "error"
+    fill: int = -1  # the group's value where the column has none
+    # for a column of numbers that are not integers: the group's value is floor(x * scale); 100 keeps two decimals
+    scale: float | None = None
     num_ids: int | None = None  # valid values are 0 .. num_ids-1; without it any integer is valid
     # with num_ids, a value < 0 or >= num_ids: "error" stops; "fill" reads `fill`; "reserved" sends all of them to one
     # more value, num_ids, whose parameters learn from such rows alone. All but "error" are counted and reported.
     out_of_range: Literal["error", "fill", "reserved"] = "error"
-    on_null: Literal["error", "fill", "reserved"] = "error"
-    fill: int = -1
 
     @property
     def num_values(self) -> int | None:
@@ -115,6 +119,8 @@ class GroupColumn:
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about this group's own settings."""
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            yield Complaint("scale", f"is {self.scale}; the group's value is floor(x * scale), so use a number > 0")
         if self.num_ids is None:
             for key in ("out_of_range", "on_null"):
                 if getattr(self, key) == "reserved" or (key == "out_of_range" and self.out_of_range != "error"):
