@@ -33,6 +33,7 @@ Overrides:
   evaluate.predictions=out.parquet also write every row, in no particular order: logit_<label>, label_<label>, weight,
                                    and a column per group of the schema (declare a row id as a group to join by it)
   data.test=PATH                   evaluate other files
+  metrics.information_abundance=true metrics.correlation=[expert_*]   diagnose tables and representations too
 
 On several ranks:  torchrun --nproc-per-node 2 -m dist_rec.evaluate CONFIG [key=value ...]
 """
@@ -57,12 +58,16 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     checkpointer.load(checkpoint, parts.model, None)
     loader = data.once(split)
     groups = list(config.schema.groups) if config.evaluate.predictions else None
-    found = evaluate(parts.model, loader, config.schema, config.metrics, runtime, groups)
+    found = evaluate(parts.model, loader, config.schema, config.metrics, runtime, groups, parts.diagnostics)
     result = {"step": checkpoint.step, "split": split, "metrics": found.metrics, "data_policies": found.policies}
+    if found.diagnostics:
+        result["diagnostics"] = found.diagnostics
     if found.rows is not None:
         (folder / f"evaluation-{split}.json").write_text(to_json(result, indent=1))
         print(f"step {checkpoint.step}, {checkpoint.path}")
         print(format_table({split: found.metrics}))
+        if found.diagnostics:
+            print("\n".join(f"{name}  {value:.5f}" for name, value in found.diagnostics.items()))
         if found.policies:
             print(describe_policies(found.policies))
         if config.evaluate.predictions:

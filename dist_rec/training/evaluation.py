@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from dist_rec.data.loader import Loader
 from dist_rec.data.schema import Schema
 from dist_rec.metrics.compute import MetricsConfig, compute
+from dist_rec.metrics.representations import Moments, describe
 from dist_rec.metrics.rows import Rows, RowStore
 from dist_rec.training.runtime import Runtime
 
@@ -26,17 +27,32 @@ class EvaluateConfig:
     predictions: str | None = None  # write the rows (logits, labels, weight, groups) to this Parquet file
 
 
+@dataclass(frozen=True)
+class Diagnostics:
+    """What an evaluation says of a model besides its metrics.
+
+    Attributes:
+        compared: the representations that a step keeps, name -> columns, in their order there.
+        tables: collective; name -> value.
+    """
+
+    compared: Mapping[str, int] = field(default_factory=dict)
+    tables: Callable[[], dict[str, float]] = dict
+
+
 class Evaluation(NamedTuple):
     """What one pass over a split gives.
 
     Attributes:
         metrics: the same on every rank. rows: what they were computed from, on rank 0.
         policies: what the schema's policies did to values of the split, over all ranks (see `data.ids.PolicyCounts`).
+        diagnostics: the same on every rank; empty if none were asked for.
     """
 
     metrics: dict[str, float]
     rows: Rows | None
     policies: dict[str, int]
+    diagnostics: dict[str, float]
 
 
 def evaluate(
@@ -46,6 +62,7 @@ def evaluate(
     config: MetricsConfig,
     runtime: Runtime,
     groups: Sequence[str] | None = None,
+    diagnostics: Diagnostics = Diagnostics(),
 ) -> Evaluation:
     """Evaluates one pass over `loader`, which is closed. Collective.
 
@@ -55,6 +72,7 @@ def evaluate(
         groups: the groups to keep with the rows; by default those that the metrics need.
     """
     store = RowStore(num_labels=len(schema.labels), groups=config.groups if groups is None else groups)
+    moments = Moments()
     training = model.training
     model.eval()
     # in eval mode TorchRec's training pipeline only overlaps and computes; it asks nothing of an optimiser
@@ -63,11 +81,17 @@ def evaluate(
     try:
         with torch.no_grad():
             for _ in range(loader.batches_left or 0):
-                store.append(pipeline.progress(batches))
+                output = pipeline.progress(batches)
+                store.append(output)
+                if output.compared is not None:
+                    moments.add(output.compared, output.weights)
     finally:
         pipeline.detach()
         loader.close()
         model.train(training)
     rows = store.merged(runtime.control)
     metrics = compute(rows, schema, config) if rows is not None else None
-    return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts))
+    found = diagnostics.tables()
+    if diagnostics.compared:
+        found |= describe(moments.correlation(runtime.control), diagnostics.compared)
+    return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts), found)
