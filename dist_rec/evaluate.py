@@ -12,11 +12,8 @@ import pyarrow.parquet as pq
 from dist_rec.config import RunConfig
 from dist_rec.data.ids import describe_policies
 from dist_rec.data.schema import Schema
-from dist_rec.job import JobData, load_config, run_entry
+from dist_rec.job import load_config, restore, run_entry
 from dist_rec.metrics.rows import Rows
-from dist_rec.recommender import distribute
-from dist_rec.settings import Complaint, ConfigError
-from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError
 from dist_rec.training.evaluation import evaluate
 from dist_rec.training.report import format_table, to_json
 from dist_rec.training.runtime import Runtime, process
@@ -30,8 +27,8 @@ Overrides:
   run.dir=runs/mine                the run whose checkpoints are read
   evaluate.split=test              train, validation or test (default: test)
   evaluate.step=1000               which checkpoint; default: the best of an early-stopping run, else the newest
-  evaluate.predictions=out.parquet also write every row, in no particular order: logit_<label>, label_<label>, weight,
-                                   and a column per group of the schema (declare a row id as a group to join by it)
+  evaluate.predictions=out.parquet also write every row of weight > 0, in the order of the files: logit_<label>,
+                                   label_<label>, weight, and a column per group of the schema
   data.test=PATH                   evaluate other files
   metrics.information_abundance=true metrics.correlation=[expert_*]   diagnose tables and representations too
 
@@ -47,24 +44,17 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     split, folder = config.evaluate.split, Path(config.run.dir)
-    if getattr(config.data, split) is None:
-        others = [s for s in ("validation", "train") if getattr(config.data, s) is not None]
-        text = f"is empty; set it, or choose evaluate.split={' or '.join(others)}"
-        raise ConfigError([Complaint(f"data.{split}", text)])
-    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, runtime)
-    checkpoint = _choose(checkpointer, config.evaluate.step)
-    data = JobData(config, runtime, splits=(split,))
-    parts = distribute(config, runtime)
-    checkpointer.load(checkpoint, parts.model, None)
-    loader = data.once(split)
+    trained = restore(config, runtime)
     groups = list(config.schema.groups) if config.evaluate.predictions else None
-    found = evaluate(parts.model, loader, config.schema, config.metrics, runtime, groups, parts.diagnostics)
-    result = {"step": checkpoint.step, "split": split, "metrics": found.metrics, "data_policies": found.policies}
+    loader = trained.data.once(split)
+    found = evaluate(trained.model, loader, config.schema, config.metrics, runtime, groups, trained.diagnostics)
+    step, path = trained.checkpoint.step, trained.checkpoint.path
+    result = {"step": step, "split": split, "metrics": found.metrics, "data_policies": found.policies}
     if found.diagnostics:
         result["diagnostics"] = found.diagnostics
     if found.rows is not None:
         (folder / f"evaluation-{split}.json").write_text(to_json(result, indent=1))
-        print(f"step {checkpoint.step}, {checkpoint.path}")
+        print(f"step {step}, {path}")
         print(format_table({split: found.metrics}))
         if found.diagnostics:
             print("\n".join(f"{name}  {value:.5f}" for name, value in found.diagnostics.items()))
@@ -76,16 +66,8 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     return result
 
 
-def _choose(checkpointer: Checkpointer, step: int | None) -> Checkpoint:
-    newest = checkpointer.latest()
-    if newest is None:
-        raise CheckpointError(f"{checkpointer.folder} has no complete checkpoint; train first, or correct run.dir")
-    wanted = step if step is not None else newest.meta["progress"]["best_step"]
-    return newest if wanted is None else checkpointer.at(wanted)
-
-
 def write_predictions(rows: Rows, schema: Schema, path: Path) -> None:
-    """Rows as Parquet, in no particular order: logit_<label>, label_<label>, weight, and a column per group."""
+    """Rows as Parquet, in their order: logit_<label>, label_<label>, weight, and a column per group."""
     columns: dict[str, Any] = {}
     for i, label in enumerate(schema.labels):
         columns[f"logit_{label}"] = rows.predictions[:, i]

@@ -8,17 +8,21 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch.distributed.elastic.multiprocessing.errors import record
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from dist_rec.config import RunConfig, load
 from dist_rec.data import synthetic
 from dist_rec.data.footers import DataError, FileFooter, check_columns, read_footers
 from dist_rec.data.loader import Loader
 from dist_rec.embeddings.sharding import PlanError
-from dist_rec.settings import ConfigError
-from dist_rec.training.checkpoint import CheckpointError
+from dist_rec.recommender import distribute
+from dist_rec.settings import Complaint, ConfigError
+from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError
+from dist_rec.training.evaluation import Diagnostics
 from dist_rec.training.runtime import Runtime, rank_from_environment
 from dist_rec.training.trainer import TrainingStopped
 
@@ -162,6 +166,35 @@ class JobData:
             cursor=cursor,
             pin_memory=self._runtime.device.type == "cuda",
         )
+
+
+class Trained(NamedTuple):
+    """A trained model with the weights of `checkpoint`, and the files of the split it is to be used on."""
+
+    checkpoint: Checkpoint
+    model: DistributedModelParallel
+    data: JobData
+    diagnostics: Diagnostics
+
+
+def restore(config: RunConfig, runtime: Runtime) -> Trained:
+    """The run in `run.dir` with its weights of `evaluate.step`, and the data of `evaluate.split`. Collective.
+
+    Raises:
+        ConfigError: the config has no such split. CheckpointError: there are no such weights.
+        DataSetError: see `JobData`.
+    """
+    split = config.evaluate.split
+    if getattr(config.data, split) is None:
+        others = [s for s in ("validation", "train") if getattr(config.data, s) is not None]
+        text = f"is empty; set it, or choose evaluate.split={' or '.join(others)}"
+        raise ConfigError([Complaint(f"data.{split}", text)])
+    checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", config.checkpoint, runtime)
+    checkpoint = checkpointer.trained(config.evaluate.step)
+    data = JobData(config, runtime, splits=(split,))
+    parts = distribute(config, runtime)
+    checkpointer.load(checkpoint, parts.model, None)
+    return Trained(checkpoint, parts.model, data, parts.diagnostics)
 
 
 def _read_splits(config: RunConfig, splits: Sequence[str], world_size: int) -> dict[str, list[FileFooter]]:

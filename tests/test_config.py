@@ -89,6 +89,7 @@ def test_the_base_of_these_tests_is_good(tmp_path):
         ({"schema": {"labels": {"click": {"kind": "real"}}}}, "objective.name", "kind: real"),
         ({"schema": {"sparse": {"user": {"weights": "w"}}}}, "schema.sparse.user.weights", "set multi: true"),
         ({"schema": {"dense": {"d0": {"std": 0}}}}, "schema.dense.d0.std", "must be > 0"),
+        ({"schema": {"groups": {"g": {"column": "d0", "scale": -1.0}}}}, "schema.groups.g.scale", "use a number > 0"),
         ({"objective": {"name": "bce", "label_weights": {"x": 1}}}, "objective.label_weights.x", "known: click"),
         ({"metrics": {"by": ["country"]}}, "metrics.by", "'country', which is no group of the schema; known: row"),
         ({"optim": {"schedule": {"decay": "cosine"}}}, "optim.schedule.decay_steps", "over how many steps"),
@@ -204,6 +205,15 @@ def test_overrides_have_the_types_of_yaml_and_reach_any_depth(tmp_path):
     assert config.schema.sparse["user"].out_of_range == "hash"
     assert config.embeddings.tables["user"].sharding == "row_wise"
     assert config.run.dir == "runs/a=b"
+
+
+def test_a_whole_number_may_be_written_with_an_exponent(tmp_path):
+    path = _write(tmp_path / "c.yaml", _base(tmp_path))
+    assert load(path, ["train.steps=1e3"]).train.steps == 1000
+    with pytest.raises(ConfigError, match=r"train\.steps: is 1\.5; expected an integer"):
+        load(path, ["train.steps=1.5"])
+    with pytest.raises(ConfigError, match=r"run\.dir: is None; expected text"):
+        load(path, ["run.dir="])
 
 
 @pytest.mark.parametrize("bad", ["train.steps", "--train.steps=5", "-x=1"])

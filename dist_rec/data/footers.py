@@ -193,7 +193,7 @@ def _expectations(schema: Schema) -> Iterator[tuple[str, str, _Judge]]:
         if column.weights is not None:
             yield column.weights, f"weights of '{name}'", _number_list
     for name, group in schema.groups.items():
-        yield group.column, f"group '{name}'", _integer
+        yield group.column, f"group '{name}'", _integer if group.scale is None else _number
     if schema.weight is not None:
         yield schema.weight.column, "sample weight", _number
 
@@ -212,6 +212,8 @@ def _number(kind: pa.DataType) -> str | None:
 
 
 def _integer(kind: pa.DataType) -> str | None:
+    if pa.types.is_floating(kind):
+        return "expected an integer; set scale, e.g. scale: 100 to group by floor(x * 100)"
     return None if pa.types.is_integer(kind) else "expected an integer; encode it as int64 when the files are written"
 
 

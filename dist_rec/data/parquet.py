@@ -160,13 +160,26 @@ class Numbers(NamedTuple):
     def group(self, array: pa.Array, column: GroupColumn, out: np.ndarray) -> None:
         """out: (n,) int64."""
         values, nulls = primitive(array)
-        if values.dtype == np.uint64:
+        if column.scale is not None:
+            values, nulls = self._floored(array, column.scale)
+        elif values.dtype == np.uint64:
             good = values < 2**63 if nulls is None else nulls | (values < 2**63)
             self.require(good, array, "does not fit int64", "write it as int64")
         out[:] = values
         if nulls is not None:
             self._null(nulls, column.on_null)
             out[nulls] = column.fill
+
+    def _floored(self, array: pa.Array, scale: float) -> tuple[np.ndarray, np.ndarray | None]:
+        """(n,) int64 floor(x * scale), 0 where null or NaN; and which are."""
+        values, nulls = primitive(array)
+        with np.errstate(over="ignore", invalid="ignore"):
+            work = np.floor(values.astype(np.float64) * scale)
+        missing = np.isnan(work) if nulls is None else np.isnan(work) | nulls
+        work[missing] = 0
+        problem = f"times scale {scale} does not fit int64"
+        self.require(np.abs(work) < 2**63, array, problem, "correct the value, or set a smaller scale")
+        return work.astype(np.int64), missing if missing.any() else None
 
     def finite(self, array: pa.Array, null: Literal["error", "fill"], fill: float, out: np.ndarray) -> None:
         """out: (n,) gets the values, `fill` where they are null or NaN if `null` allows; an infinity raises."""

@@ -6,6 +6,7 @@ their inputs by it. Feature, dense and label names are Parquet column names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -96,8 +97,15 @@ class GroupColumn:
     """An integer per row by which metrics (or a method) group rows: a domain, a cohort axis, a user id."""
 
     column: str
-    on_null: Literal["error", "fill"] = "error"
-    fill: int = -1
+    on_null: Literal["error", "fill"] = "error"  # what a null (with `scale` a NaN too) does
+    fill: int = -1  # the group's value where the column has none
+    # for a column of numbers that are not integers: the group's value is floor(x * scale); 100 keeps two decimals
+    scale: float | None = None
+
+    def check(self) -> Iterator[Complaint]:
+        """Complaints about this group's own settings."""
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            yield Complaint("scale", f"is {self.scale}; the group's value is floor(x * scale), so use a number > 0")
 
 
 @dataclass
@@ -141,7 +149,7 @@ class Schema:
             if any(c in name for c in "@#."):
                 yield Complaint(f"sparse.{name}", "has one of @ # . in its name, which name views and parameters")
         yield from self._check_shared_tables()
-        for kind in ("dense", "sparse"):
+        for kind in ("dense", "sparse", "groups"):
             for name, column in getattr(self, kind).items():
                 yield from gather(f"{kind}.{name}", column.check())
 

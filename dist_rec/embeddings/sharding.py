@@ -266,8 +266,15 @@ def describe(plan: ShardingPlan, tables: list[Table]) -> str:
             )  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    load = ", ".join(f"rank {rank}: {size:.1f}" for rank, size in sorted(per_rank.items()))
-    return "\n".join([*lines, f"MiB of weights: {load}"])
+    return "\n".join([*lines, f"MiB of weights: {_loads(per_rank)}"])
+
+
+def _loads(per_rank: Mapping[int, float]) -> str:
+    """Who holds how much; ranks with the same load are named together."""
+    alike: dict[str, list[int]] = {}
+    for rank, size in sorted(per_rank.items()):
+        alike.setdefault(f"{size:.1f}", []).append(rank)
+    return ", ".join(f"rank {_ranges(ranks)}: {size}" for size, ranks in alike.items())
 
 
 def _width(table: Table) -> str:
@@ -275,10 +282,14 @@ def _width(table: Table) -> str:
 
 
 def _ranges(ranks: list[int]) -> str:
-    distinct = sorted(set(ranks))
-    if len(distinct) > 1 and distinct == list(range(distinct[0], distinct[-1] + 1)):
-        return f"{distinct[0]}-{distinct[-1]}"
-    return ",".join(map(str, distinct))
+    """Ascending, with runs written as first-last: 0-3,7."""
+    runs: list[list[int]] = []
+    for rank in sorted(set(ranks)):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def sharding_types(plan: ShardingPlan) -> dict[str, str]:

@@ -27,7 +27,7 @@ _MESSAGE_ROWS = 1 << 24  # rows of one message between ranks, which keeps it far
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with weight, as arrays in memory; their order says nothing.
+    """Rows with weight, as arrays in memory: rank 0's in the order of its steps, then rank 1's, and so on.
 
     Attributes:
         predictions: (n, T) float32 logits.

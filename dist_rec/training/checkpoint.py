@@ -151,6 +151,17 @@ class Checkpointer:
             raise CheckpointError(f"checkpoint {self.folder / _name(step)} cannot be used: {found}")
         return found
 
+    def trained(self, step: int | None = None) -> Checkpoint:
+        """The checkpoint that stands for the run: of step `step`, or else the best by early stopping, or the newest.
+
+        Raises CheckpointError if there is none.
+        """
+        newest = self.latest()
+        if newest is None:
+            raise CheckpointError(f"{self.folder} has no complete checkpoint; train first, or correct run.dir")
+        wanted = step if step is not None else newest.meta["progress"]["best_step"]
+        return newest if wanted is None else self.at(wanted)
+
     def save(
         self,
         step: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from dist_rec.contract import StepOutput
 from dist_rec.data.loader import Loader
 from dist_rec.data.schema import Schema
 from dist_rec.metrics.compute import MetricsConfig, compute
@@ -44,7 +45,8 @@ class Evaluation(NamedTuple):
     """What one pass over a split gives.
 
     Attributes:
-        metrics: the same on every rank. rows: what they were computed from, on rank 0.
+        metrics: the same on every rank. rows: what they were computed from, on rank 0, in the order of the loader:
+            without shuffle that of the files, on any number of ranks.
         policies: what the schema's policies did to values of the split, over all ranks (see `data.ids.PolicyCounts`).
         diagnostics: the same on every rank; empty if none were asked for.
     """
@@ -53,6 +55,28 @@ class Evaluation(NamedTuple):
     rows: Rows | None
     policies: dict[str, int]
     diagnostics: dict[str, float]
+
+
+def predict(model: DistributedModelParallel, loader: Loader, runtime: Runtime) -> Iterator[StepOutput]:
+    """What each batch of one pass over `loader` leaves, on the device; the loader is closed at the end. Collective.
+
+    The model must not be attached to a pipeline. It is put in eval mode and back. Go through all of them: a rank that
+    stops early leaves the others waiting.
+    """
+    training = model.training
+    model.eval()
+    # in eval mode TorchRec's training pipeline only overlaps and computes; it asks nothing of an optimiser
+    pipeline = TrainPipelineSparseDist(model, None, runtime.device, execute_all_batches=True)
+    batches = iter(loader)
+    try:
+        for _ in range(loader.batches_left or 0):
+            with torch.no_grad():  # not around the yield: it would hold in the caller's code too
+                output = pipeline.progress(batches)
+            yield output
+    finally:
+        pipeline.detach()
+        loader.close()
+        model.train(training)
 
 
 def evaluate(
@@ -64,31 +88,17 @@ def evaluate(
     groups: Sequence[str] | None = None,
     diagnostics: Diagnostics = Diagnostics(),
 ) -> Evaluation:
-    """Evaluates one pass over `loader`, which is closed. Collective.
-
-    The model must not be attached to a pipeline. It is put in eval mode and back.
+    """Evaluates one pass over `loader`; see `predict`. Collective.
 
     Args:
         groups: the groups to keep with the rows; by default those that the metrics need.
     """
     store = RowStore(num_labels=len(schema.labels), groups=config.groups if groups is None else groups)
     moments = Moments()
-    training = model.training
-    model.eval()
-    # in eval mode TorchRec's training pipeline only overlaps and computes; it asks nothing of an optimiser
-    pipeline = TrainPipelineSparseDist(model, None, runtime.device, execute_all_batches=True)
-    batches = iter(loader)
-    try:
-        with torch.no_grad():
-            for _ in range(loader.batches_left or 0):
-                output = pipeline.progress(batches)
-                store.append(output)
-                if output.compared is not None:
-                    moments.add(output.compared, output.weights)
-    finally:
-        pipeline.detach()
-        loader.close()
-        model.train(training)
+    for output in predict(model, loader, runtime):
+        store.append(output)
+        if output.compared is not None:
+            moments.add(output.compared, output.weights)
     rows = store.merged(runtime.control)
     metrics = compute(rows, schema, config) if rows is not None else None
     found = diagnostics.tables()

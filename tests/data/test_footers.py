@@ -114,13 +114,13 @@ def test_all_column_problems_come_in_one_error(tmp_path):
             "item_idd": SparseColumn(10),
             "domains": SparseColumn(10),
         },
-        groups={"domain": GroupColumn("domain")},
+        groups={"domain": GroupColumn("domain"), "scaled": GroupColumn("click", scale=10)},
         weight=WeightColumn("nothing_like_it"),
     )
     with pytest.raises(DataError) as error:
         check_columns(read_footers(str(tmp_path)), schema)
     text = str(error.value)
-    assert "10 problems" in text and "a.parquet and 1 more of 2 files" in text
+    assert "11 problems" in text and "a.parquet and 1 more of 2 files" in text
     for part in (
         "'click' (label) is string; expected a float, integer or bool",
         "'price' (dense) is decimal128(5, 0)",
@@ -130,7 +130,8 @@ def test_all_column_problems_come_in_one_error(tmp_path):
         "'tag_weights' (weights of 'tags') is list<element: string>",
         "'item_idd' (sparse) is missing",
         "'domains' (sparse) is missing; did you mean 'domain'?",
-        "'domain' (group 'domain') is double; expected an integer",
+        "'domain' (group 'domain') is double; expected an integer; set scale",
+        "'click' (group 'scaled') is string; expected a float, integer or bool",
         "'nothing_like_it' (sample weight) is missing",
     ):
         assert part in text, part
@@ -142,11 +143,13 @@ def test_fitting_types_pass(tmp_path):
         "price": pa.array([1, 2, 3], pa.uint8()),
         "tags": pa.array([[1], [], None], pa.large_list(pa.int32())),
         "fixed": pa.array([[1, 2]] * 3, pa.list_(pa.int64(), 2)),
+        "revenue": pa.array([0.5, 1.5, 2.0]),
     }
     write(tmp_path / "a.parquet", **columns)
     schema = Schema(
         labels={"click": LabelColumn()},
         dense={"price": DenseColumn()},
         sparse={"id": SparseColumn(9), "tags": SparseColumn(9, multi=True), "fixed": SparseColumn(9, multi=True)},
+        groups={"revenue": GroupColumn("revenue", scale=100)},
     )
     check_columns(read_footers(str(tmp_path)), schema)

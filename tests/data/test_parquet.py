@@ -207,6 +207,28 @@ def test_sample_weights_and_groups():
         converted(GroupColumn("x"), pa.array([2**63], pa.uint64()))
 
 
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64()])
+def test_groups_of_floats_are_floored_after_scaling(kind):
+    def groups(array, **settings):
+        columns, counts = converted(GroupColumn("x", **settings), array)
+        return columns.groups["g"].tolist(), counts
+
+    assert groups(pa.array([0.25, -0.25, 3.0, 0.0], kind), scale=10) == ([2, -3, 30, 0], {})
+    missing = pa.array([1.5, None, float("nan")], kind)
+    assert groups(missing, scale=2, on_null="fill") == ([3, -1, -1], {"x.null=fill": 2})
+    assert groups(missing, scale=2, on_null="fill", fill=7)[0] == [3, 7, 7]
+    for row, bad in ((1101, None), (1101, float("nan"))):
+        with pytest.raises(DataError, match=rf"'x' \(group 'g'\): null or NaN at row {row}"):
+            groups(pa.array([1.0, bad], kind), scale=2)
+    for bad in (float("inf"), -1e30):
+        with pytest.raises(DataError, match=r"times scale 2 does not fit int64 at row 1101 .*set a smaller scale"):
+            groups(pa.array([1.0, bad], kind), scale=2, on_null="fill")
+
+
+def test_a_scale_coarsens_integers_too():
+    assert converted(GroupColumn("x", scale=0.5), [5, 4, -1])[0].groups["g"].tolist() == [2, 2, -1]
+
+
 def test_id_dtype_is_one_for_all_tables():
     small, large = SparseColumn(2**31 - 1), SparseColumn(2**31 - 1, on_null="reserved")
     assert id_dtype(Schema(labels={}, sparse={"a": small})) == np.int32
