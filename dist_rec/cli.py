@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 VERBS = {
     "init": ("dist_rec.init", "write a commented starting config for a Parquet data set"),
+    "prepare": ("dist_rec.prepare", "turn the raw files of a public data set into Parquet with a schema"),
     "train": ("dist_rec.train", "train a model by a config"),
     "evaluate": ("dist_rec.evaluate", "evaluate a trained run"),
     "plan": ("dist_rec.plan", "show which rank would hold which table, offline"),
