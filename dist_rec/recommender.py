@@ -160,19 +160,12 @@ def distribute(config: RunConfig, runtime: Runtime, saved: Mapping[str, str] | N
     )
     # from here on random numbers (dropout) are the rank's own
     torch.manual_seed(config.run.seed + 1 + runtime.rank)
-    return Distributed(
-        sharded, StepOptimizer(sharded, config.optim), tables, plan, _diagnostics(config, sharded, compared, runtime)
-    )
 
+    def of_tables() -> dict[str, float]:
+        asked = config.metrics.information_abundance
+        return information_abundance(sharded.state_dict(), tables, runtime.control) if asked else {}
 
-def _diagnostics(
-    config: RunConfig, model: DistributedModelParallel, compared: Mapping[str, int], runtime: Runtime
-) -> Diagnostics:
-    def tables() -> dict[str, float]:
-        sets = config.model.table_sets(config.schema)
-        return information_abundance(model.state_dict(), sets, config.schema, config.embeddings, runtime.control)
-
-    return Diagnostics(compared, tables if config.metrics.information_abundance else dict)
+    return Distributed(sharded, StepOptimizer(sharded, config.optim), tables, plan, Diagnostics(compared, of_tables))
 
 
 def plan_tables(

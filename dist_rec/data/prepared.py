@@ -308,13 +308,17 @@ def _schema(log: RawLog, measured: Measured, out: Path) -> str:
         }
         for name, scale in measured.scales.items()
     }
+    groups = {
+        name: {"column": column, **({"num_ids": log.numbered[column]} if column in log.numbered else {})}
+        for name, column in log.groups.items()
+    }
     config = {
         "data": {name: str(out / name) for name in ("train", "validation", "test")} | {"batch_size": BATCH_SIZE},
         "schema": {
             "labels": {name: {"kind": "binary"} for name in log.labels},
             **({"dense": dense} if dense else {}),
             "sparse": sparse,
-            **({"groups": {name: {"column": column} for name, column in log.groups.items()}} if log.groups else {}),
+            **({"groups": groups} if log.groups else {}),
         },
     }
     hashed = [name for name, ids in measured.ids.items() if ids.hashed]

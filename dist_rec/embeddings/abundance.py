@@ -13,22 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from dist_rec.contract import TableSet
-from dist_rec.data.schema import Schema
 from dist_rec.embeddings.sharding import local_parts
-from dist_rec.embeddings.tables import EmbeddingsConfig, make_tables
+from dist_rec.embeddings.tables import Table
 
 BLOCK_ROWS = 65536
 
 
 def information_abundance(
     state: Mapping[str, Tensor | ShardedTensor],
-    table_sets: list[TableSet],
-    schema: Schema,
-    config: EmbeddingsConfig,
+    tables: list[Table],
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
-    """The information abundance of every table, and its mean over the tables of each set and over all. Collective.
+    """The information abundance of each set's share of every table, its mean over each set, and over all. Collective.
 
     IA(E) is the sum of the singular values of E (n, d) over the largest: 1 if all rows lie on a line through 0, d if
     all directions are used alike, nan if every value is 0. Of a two-layer table E is W1 W2, what is served. Singular
@@ -42,22 +38,27 @@ def information_abundance(
 
     Source: Guo et al. 2023, "On the Embedding Collapse when Scaling up Recommendation Models", arXiv 2310.04400.
     """
-    found: dict[str, float] = {}
-    means: dict[str, float] = {}
-    for table_set in table_sets:
-        own = {}
-        for table in make_tables([table_set], schema, config):
-            weight = _named(state, f".embedding_bags.{table.name}.weight")
-            second = _named(state, f".projections.{table.name}") if table.inner_dim is not None else None
-            gram = _gram(weight, table.width, group)
-            if second is not None:
-                assert isinstance(second, Tensor)
-                projection = second.detach().double().cpu()
-                gram = projection.T @ gram @ projection
-            own[f"information_abundance/{table_set.name}/{table.name[len(table_set.name) + 1 :]}"] = abundance(gram)
-        means[f"information_abundance/{table_set.name}"] = float(np.mean(list(own.values())))
-        found |= own
-    return {"information_abundance": float(np.mean(list(found.values()))), **means, **found}
+    found: dict[str, dict[str, float]] = {}
+    for table in tables:
+        gram = _gram(_named(state, f".embedding_bags.{table.name}.weight"), table.width, group)
+        if table.inner_dim is not None:
+            second = _named(state, f".projections.{table.name}")
+            assert isinstance(second, Tensor)
+            projection = second.detach().double().cpu()
+            gram = projection.T @ gram @ projection
+        left = 0
+        for block in table.blocks:
+            right = left + (block.width if table.inner_dim is None else table.dim)
+            name = block.name.removeprefix(f"{block.table_set}_")
+            found.setdefault(block.table_set, {})[name] = abundance(gram[left:right, left:right])
+            left = right
+    means = {table_set: float(np.mean(list(own.values()))) for table_set, own in found.items()}
+    every = [value for own in found.values() for value in own.values()]
+    return {
+        "information_abundance": float(np.mean(every)),
+        **{f"information_abundance/{table_set}": mean for table_set, mean in means.items()},
+        **{f"information_abundance/{s}/{name}": value for s, own in found.items() for name, value in own.items()},
+    }
 
 
 def abundance(gram: Tensor) -> float:

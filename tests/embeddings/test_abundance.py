@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from dist_rec.config import RunConfig
+from dist_rec.contract import TableSet
+from dist_rec.data.schema import Schema
 from dist_rec.embeddings import abundance as module
 from dist_rec.embeddings.abundance import abundance
 from dist_rec.embeddings.sharding import initialise
+from dist_rec.models import dlrm
 from dist_rec.recommender import build, distribute
 from tests.examples import config
 from tests.ranks import run_ranks
@@ -61,6 +65,35 @@ def on_ranks(rank: int, world_size: int) -> list[dict[str, float]]:
         return [distribute(settings(*case), runtime(rank, world_size)).diagnostics.tables() for case in CASES]
     finally:
         module.BLOCK_ROWS = 65536
+
+
+@dataclass
+class TwoSets(dlrm.Config):
+    """An arch that looks up a second set, whose tables the wide layout puts beside those of the first."""
+
+    def table_sets(self, schema: Schema) -> list[TableSet]:
+        """ "main", and "more" of two of its features and twice its width."""
+        return [*super().table_sets(schema), TableSet("more", ("user", "tags"), 2 * self.dim)]
+
+
+def wide(rank: int, world_size: int) -> dict[str, dict[str, float]]:
+    found = {}
+    for layout in ("separate", "wide"):
+        two = settings("row_wise", None)
+        two.model, two.embeddings.layout = TwoSets(dim=8, bottom=[16], top=[16]), layout
+        found[layout] = distribute(two, runtime(rank, world_size)).diagnostics.tables()
+    return found
+
+
+def test_sets_in_one_wide_table_have_the_abundance_of_their_own_columns() -> None:
+    for found in run_ranks(wide, 2):
+        assert set(found["wide"]) == {
+            "information_abundance", "information_abundance/main", "information_abundance/more",
+            *(f"information_abundance/main/{t}" for t in TABLES),
+            *(f"information_abundance/more/{t}" for t in ("user", "tags")),
+        }  # fmt: skip
+        assert found["wide"] == pytest.approx(found["separate"], rel=1e-12)  # both layouts start from the same values
+        assert found["wide"]["information_abundance/more"] > 8 > found["wide"]["information_abundance/main"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
