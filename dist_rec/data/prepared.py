@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -120,13 +121,12 @@ class Measured:
     def __init__(self, log: RawLog, max_ids: int) -> None:
         self.ids = {name: Ids(max_ids) for name in log.sparse}
         self.scales = {name: _Scale() for name in log.dense}
-        self.lengths: dict[str, float] = {}  # mean number of values of the list columns
         self._rows, self._values = 0, Counter[str]()
         for block in _shown(log, "reading"):
             self._see(block)
         if not self._rows:
             raise DataError("no row of the raw files is a training row; are the files whole?")
-        self.lengths = {name: self._values[name] / self._rows for name in self._values}
+        self.lengths = {name: n / self._rows for name, n in self._values.items()}  # of list columns, on average
 
     def _see(self, block: Block) -> None:
         train = pa.array(block.split == _TRAIN)
@@ -165,7 +165,7 @@ def prepare(log: RawLog, out: Path, max_ids: int = MAX_IDS) -> dict[str, Any]:
         temporary.chmod(0o755)
         os.rename(temporary, out)
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
+        raise DataError(f"{out}: cannot be written ({error.strerror or error}); choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return counts
@@ -179,10 +179,9 @@ def _shown(log: RawLog, what: str) -> Iterator[Block]:
 
 
 class _Writer:
-    """One split: files of equal row groups."""
+    """One split: files of equal row groups; no folder for one without rows."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir()
         self._folder, self._files, self._rows = folder, 0, 0
         self._waiting: list[pa.Table] = []
         self._writer: pq.ParquetWriter | None = None
@@ -206,6 +205,7 @@ class _Writer:
             self._writer.close()
             self._writer, self._rows = None, 0
         if self._writer is None:
+            self._folder.mkdir(exist_ok=True)
             self._writer = pq.ParquetWriter(
                 self._folder / f"part-{self._files:05d}.parquet", table.schema, compression="zstd"
             )
@@ -321,8 +321,10 @@ def _schema(log: RawLog, measured: Measured, out: Path) -> str:
             **({"groups": groups} if log.groups else {}),
         },
     }
-    hashed = [name for name, ids in measured.ids.items() if ids.hashed]
     notes = [log.about, "Ids: 0 is missing or unseen in training; a config says `base: schema.yaml` and adds a model."]
+    if log.others:
+        notes.append(f"The files have the labels {', '.join(log.others)} too: declare them under `labels`.")
+    hashed = [name for name, ids in measured.ids.items() if ids.hashed]
     notes += [f"Hashed, as they have more values than --max-ids: {', '.join(hashed)}."] if hashed else []
-    text = "".join(f"# {line}\n" for note in notes for line in note.splitlines())
+    text = "".join(f"# {line}\n" for note in notes for line in textwrap.wrap(note, 118))
     return text + yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=120)

@@ -40,7 +40,7 @@ class RawLog:
             the raw values; 0 is missing or unseen in training.
         numbered: columns whose values are the ids 0 .. n-1 already: name -> n.
         dense: columns of numbers; null: missing.
-        others: float32 columns that are written and not declared.
+        others: labels that are written and not declared.
         groups: name of a group -> the column of integers that is written for it, as it is.
         splits: names of the splits, in the order of `Block.split`.
         rows: how many rows the published files have in all; None if that is not known.

@@ -193,8 +193,11 @@ def count_lines(path: Path) -> int:
 
 
 def _is_gzip(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(4)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from error
     if not start:
         raise DataError(f"{path}: is empty (0 bytes); download it again")
     if start == b"PK\x03\x04":

@@ -15,7 +15,8 @@ values in order. Values of features (logarithms of counts) are not read, nor are
 
 Split: the train file is training; the test file, which is later, is halved at random, by a hash of the sample id,
 into validation and test, as Scenario-Wise-Rec does. Samples with a conversion and no click contradict themselves and
-are left out, and so are those without field 301. The train file is grouped by user: shuffle.
+are left out, and so are those without field 301. That benchmark counts 32,236,951, 639,897 and 52,439,671 rows in the
+three domains. The train file is grouped by user: shuffle.
 
 Memory: the common features of both files, some 200 bytes for each of 1.6 million keys.
 """
