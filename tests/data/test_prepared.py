@@ -78,21 +78,26 @@ def test_what_is_left_out_and_extra_splits(tmp_path: Path) -> None:
     split = [0, 0, 1, 2, LEFT_OUT, 3]
     columns = {
         "y": [1, 0, 1, 1, 1, 0],
+        "z": [1, 0, 0, 0, 0, 0],
         "s": [5, 4, 5, 6, 7, None],
         "d": [1.0, None, 3.0, 0.0, 0.0, 0.0],
         "u": [9, 8, 7, 6, 5, 4],
     }
-    made = log([(split, columns)], dense=("d",), groups={"user": "u"}, splits=("train", "validation", "test", "more"))
+    splits = ("train", "validation", "test", "more", "none")
+    made = log([(split, columns)], dense=("d",), groups={"user": "u"}, others=("z",), splits=splits)
     counts = prepare(made, tmp_path / "out")
     assert counts["rows_read"] == 6 and counts["rows_left_out"] == 1
     assert {name: part["rows"] for name, part in counts["splits"].items()} == {
         "train": 2, "validation": 1, "test": 1, "more": 1
     }  # fmt: skip
     assert pq.read_table(tmp_path / "out" / "train").to_pylist() == [
-        {"y": 1.0, "d": 1.0, "s": 2, "u": 9}, {"y": 0.0, "d": None, "s": 1, "u": 8}
+        {"y": 1.0, "z": 1.0, "d": 1.0, "s": 2, "u": 9}, {"y": 0.0, "z": 0.0, "d": None, "s": 1, "u": 8}
     ]  # fmt: skip
     assert pq.read_table(tmp_path / "out" / "test")["s"].to_pylist() == [0], "unseen in training"
-    config = yaml.safe_load((tmp_path / "out" / "schema.yaml").read_text())
+    assert not (tmp_path / "out" / "none").exists()
+    text = (tmp_path / "out" / "schema.yaml").read_text()
+    assert "# The files have the labels z too: declare them under `labels`." in text
+    config = yaml.safe_load(text)
     assert config["data"]["train"] == str(tmp_path / "out" / "train")
     # of ln 2 and, in place of the null, 0
     half = round(np.log(2) / 2, 4)
