@@ -4,7 +4,7 @@ Writes files of the format of Criteo's train.txt with random ids, one four times
 both, each in a process of its own: its peak memory must not grow with the rows. (It does with distinct ids; those of
 the longer file repeat.) Reading alone is one pass; prepare makes two and writes.
 
-python scripts/bench/prepare.py --rows 500000
+    python scripts/bench/prepare.py --rows 500000
 """
 
 from __future__ import annotations
