@@ -27,9 +27,10 @@ def information_abundance(
     """The information abundance of each set's share of every table, its mean over each set, and over all. Collective.
 
     IA(E) is the sum of the singular values of E (n, d) over the largest: 1 if all rows lie on a line through 0, d if
-    all directions are used alike, nan if every value is 0. Of a two-layer table E is W1 W2, what is served. Singular
-    values are the roots of the eigenvalues of E^T E, a d x d sum over rows in float64 to which every rank adds what it
-    holds: n d^2 operations over all ranks, d^2 numbers exchanged; those below 1e-8 of the largest are lost in rounding.
+    all directions are used alike, nan if every value is 0 or one is not finite. Of a two-layer table E is W1 W2, what
+    is served. Singular values are the roots of the eigenvalues of E^T E, a d x d sum over rows in float64 to which
+    every rank adds what it holds: n d^2 operations over all ranks, d^2 numbers exchanged; those below 1e-8 of the
+    largest are lost in rounding.
 
     Args:
         state: the model's `state_dict()`. group: a gloo group of all ranks; None is the default group.
@@ -62,7 +63,9 @@ def information_abundance(
 
 
 def abundance(gram: Tensor) -> float:
-    """Sum over maximum of the singular values of E, by E^T E (d, d) float64; nan if E is 0."""
+    """Sum over maximum of the singular values of E, by E^T E (d, d) float64; nan if E is 0 or not finite."""
+    if not torch.isfinite(gram).all():  # a report must not end a run
+        return float("nan")
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     return float(values.sum() / values.max()) if values.max() > 0 else float("nan")
 

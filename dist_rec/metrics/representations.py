@@ -28,7 +28,7 @@ def chosen(patterns: Sequence[str], widths: Mapping[str, int]) -> dict[str, int]
     """
     known = ", ".join(widths) or "none"
     for pattern in patterns:
-        if not fnmatch.filter(widths, pattern):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in widths):
             text = f"has '{pattern}', which matches no representation of the model; it has {known}"
             raise ConfigError([Complaint("metrics.correlation", text)])
     found = {name: w for name, w in widths.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}

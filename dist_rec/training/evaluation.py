@@ -92,6 +92,7 @@ def evaluate(
 
     Args:
         groups: the groups to keep with the rows; by default those that the metrics need.
+        diagnostics: what else to say of the model.
     """
     store = RowStore(num_labels=len(schema.labels), groups=config.groups if groups is None else groups)
     moments = Moments()

@@ -41,6 +41,7 @@ def test_by_hand_and_at_its_extremes() -> None:
     assert of(table * 1e-3) == pytest.approx(of(table), rel=1e-12)
     assert 1 < of(table @ torch.diag(torch.tensor([1.0, 1, 1, 0, 0, 0]).double())) < 3
     assert math.isnan(of(torch.zeros(5, 3)))
+    assert math.isnan(of(torch.tensor([[1.0, math.nan], [0.0, 1.0]])))
 
 
 def settings(kind: str, project: str | None) -> RunConfig:

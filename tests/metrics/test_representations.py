@@ -67,6 +67,13 @@ def test_constant_columns_are_left_out() -> None:
     assert one_dead["diversity_qjsd"] == pytest.approx(plain["diversity_qjsd"])
 
 
+def test_columns_that_are_not_finite_are_left_out_like_constant_ones() -> None:
+    a, b = columns(0), columns(1)
+    broken = a.clone()
+    broken[3, 0], broken[4, 1] = math.nan, math.inf
+    assert of(broken, b) == pytest.approx(of(a[:, 2:], b))
+
+
 def test_independent_outputs_have_the_correlation_that_chance_gives() -> None:
     n = 4096
     found = of(*(columns(seed, rows=n, width=16) for seed in range(3)))
