@@ -245,6 +245,14 @@ def test_a_misspelt_override_is_an_unknown_key(tmp_path):
         load(path, ["train.stepps=3"])
 
 
+def test_a_base_that_is_not_there_is_named_with_who_builds_on_it(tmp_path):
+    (tmp_path / "cards").mkdir()
+    card = _write(tmp_path / "cards" / "c.yaml", {"base": "../data/schema.yaml"})
+    text = rf"{tmp_path}/data/schema.yaml: does not exist, and {card} builds on it; make it first"
+    with pytest.raises(ConfigError, match=text):
+        load(card)
+
+
 def test_interpolations_are_resolved_and_a_broken_one_is_named(tmp_path):
     path = _write(tmp_path / "c.yaml", _base(tmp_path, data={"validation": "${data.train}"}))
     assert load(path).data.validation == "unused"
