@@ -92,10 +92,11 @@ class RunConfig:
             yield from gather("metrics", self.metrics.check(schema))
         parts = {"model": self.model, "objective": self.objective}
         parts |= {f"auxiliary.{name}": part for name, part in (self.auxiliary or {}).items()}
-        for key, part in parts.items():
-            if part is not None:
-                yield from gather(key, part.check(schema))
-        if self.model and self.embeddings:
+        wrong = {key: list(gather(key, part.check(schema))) for key, part in parts.items() if part is not None}
+        for complaints in wrong.values():
+            yield from complaints
+        # an arch with a complaint may not be able to say which tables it wants
+        if self.model and not wrong["model"] and self.embeddings:
             sets = self.model.table_sets(schema)
             yield from gather("embeddings", self.embeddings.check(sets, schema))
             tables = make_tables(sets, schema, self.embeddings)
