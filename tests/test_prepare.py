@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dist_rec import cli
-from dist_rec.config import load
+from dist_rec.config import load, read
 from dist_rec.prepare import names
 from tests.data.raw import files
 from tests.ranks import run_ranks
@@ -153,3 +153,27 @@ def test_training_on_what_it_writes(tmp_path: Path, name: str, capsys: pytest.Ca
     prefix = f"{label}/" if len(config.schema.labels) > 1 else ""
     assert 0 < result["metrics"]["test"][f"{prefix}log_loss"] < 2
     assert set(result["data_policies"]["train"]) <= {f"{d}.null=fill" for d in config.schema.dense}
+
+
+ROOT = Path(__file__).parents[1]
+CARDS = sorted(path for name in names() for path in (ROOT / "configs" / name).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_cards_of_prepared_data_train(tmp_path: Path, card: Path) -> None:
+    """On two ranks, from a folder like the repository in which their data were prepared as their headers say."""
+    name = card.parent.name
+    assert f"dist-rec prepare {name} RAW .data/{name}" in card.read_text()
+    WRITERS[name](tmp_path / "raw")
+    cli.main(["prepare", name, str(tmp_path / "raw"), str(tmp_path / ".data" / name)])
+    copy = tmp_path / "configs" / name / card.name
+    copy.parent.mkdir(parents=True)
+    copy.write_text(card.read_text())
+    overrides = [f"run.dir={tmp_path}/run", "run.device=cpu", "data.batch_size=32", "train.steps=2"]
+    result, _ = run_ranks(train_all, 2, [read(str(copy), [*overrides, "report.tensorboard=false"])])
+    assert result[0]["step"] == 2
+    metrics, diagnostics = result[0]["metrics"]["test"], result[0]["diagnostics"]["test"]
+    counts = json.loads((tmp_path / ".data" / name / "counts.json").read_text())
+    domains = counts["splits"]["test"]["rows_by_domain"]
+    assert len(domains) > 1 and {f"auc/domain={d}" for d in domains} | {"gauc/user"} <= set(metrics)
+    assert {"correlation", "diversity_qjsd", "information_abundance/expert_1"} <= set(diagnostics)
