@@ -4,61 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from torch import Tensor, nn
 
 from dist_rec import evaluate, train
-from dist_rec.config import RunConfig, from_mapping
-from dist_rec.contract import ArchOutput
-from dist_rec.data.schema import Schema
-from dist_rec.models import dcn
+from dist_rec.config import from_mapping
 from dist_rec.settings import ConfigError
 from tests.ranks import run_ranks
-from tests.runs import reports, values, write
+from tests.runs import DOMAINS, reports, values, write
 
 ROWS, STEPS = 400, 6
 
 
-class Halves(nn.Module):
-    """A DCN that shows the two halves of its last layer as two experts."""
-
-    def __init__(self, arch: dcn.DCN) -> None:
-        super().__init__()
-        self.arch, self.half = arch, arch.representation_dims["shared"] // 2
-        self.representation_dims = {"shared": 2 * self.half, "expert_0": self.half, "expert_1": self.half}
-
-    def forward(self, dense: Tensor, tables: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> ArchOutput:
-        predictions, found = self.arch(dense, tables, groups)
-        first, second = found["shared"].split(self.half, dim=1)
-        return ArchOutput(predictions, found | {"expert_0": first, "expert_1": second})
-
-
-@dataclass
-class TwoExperts(dcn.Config):
-    def build(self, schema: Schema) -> Any:
-        return Halves(super().build(schema))
-
-
-def settings(run: dict[str, Any]) -> RunConfig:
-    config = from_mapping(run)
-    config.model = TwoExperts(dim=8, deep=[16])
-    return config
-
-
 def jobs(rank: int, world_size: int, runs: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    return [{"train": train, "evaluate": evaluate}[verb].run(settings(run)) for verb, run in runs]
+    return [{"train": train, "evaluate": evaluate}[verb].run(from_mapping(run)) for verb, run in runs]
 
 
+MODEL = {"name": "crocodile", "prior": ["user"], "dim": 8, "prior_dim": 4, "experts": [16, 8], "towers": [8]}
+SETS = {"expert_0": ("user", "item", "tags"), "expert_1": ("user", "item", "tags"), "prior": ("user",)}
 ASKED = {"correlation": ["expert_*"], "information_abundance": True}
 KEYS = {
     "correlation", "correlation/expert_0~expert_1", "diversity_qjsd", "information_abundance",
-    "information_abundance/main", *(f"information_abundance/main/{t}" for t in ("user", "item", "tags")),
+    *(f"information_abundance/{s}" for s in SETS), *(f"information_abundance/{s}/{f}" for s in SETS for f in SETS[s]),
 }  # fmt: skip
 
 
@@ -78,7 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
     data = {"test": str(folder / "data"), "validation": str(folder / "data"), **sections.pop("data", {})}
     train = {"steps": STEPS, "eval_every": 4}
-    return values(folder / "data", folder / name, data=data, train=train, **sections)
+    groups = {"domain": {"num_ids": DOMAINS}}
+    whole = values(folder / "data", folder / name, data=data, train=train, schema={"groups": groups}, **sections)
+    return whole | {"model": MODEL}
 
 
 def test_evaluations_report_them_and_training_does_not(folder: Path) -> None:
@@ -115,7 +87,7 @@ def test_any_number_of_ranks_gives_the_same(folder: Path) -> None:
 
 def build_wrong(rank: int, world_size: int, wrong: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as error:
-        train.run(settings(wrong))
+        train.run(from_mapping(wrong))
     return str(error.value)
 
 
@@ -123,4 +95,4 @@ def test_a_name_that_is_none_is_an_error_that_lists_those_that_are(folder: Path)
     wrong = run(folder, "wrong", metrics={"correlation": ["tower_*"]})
     (text,) = run_ranks(build_wrong, 1, wrong)
     assert "metrics.correlation: has 'tower_*', which matches no representation of the model" in text
-    assert "it has shared, expert_0, expert_1" in text
+    assert "it has expert_0, expert_1, shared" in text
