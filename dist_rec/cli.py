@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 VERBS = {
     "init": ("dist_rec.init", "write a commented starting config for a Parquet data set"),
+    "prepare": ("dist_rec.prepare", "turn the raw files of a public data set into Parquet with a schema"),
     "train": ("dist_rec.train", "train a model by a config"),
     "evaluate": ("dist_rec.evaluate", "evaluate a trained run"),
     "export": ("dist_rec.export", "write what is served of a trained run: one layer per table, no process group"),

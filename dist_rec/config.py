@@ -6,6 +6,7 @@ Each component checks its own part; this file gathers the complaints and reports
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -148,6 +149,11 @@ def overrides_mapping(overrides: Sequence[str]) -> dict[str, Any]:
 def _read_file(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     if path.resolve() in seen:
         raise ConfigError([Complaint("base", f"of {path} leads back to itself; remove the circle")])
+    if not path.is_file() and seen:
+        text = (
+            f"does not exist, and {seen[-1]} builds on it; make it first (that file's header says how), or correct base"
+        )
+        raise ConfigError([Complaint(os.path.normpath(path), text)])
     if not path.is_file():
         known = sorted(str(p) for p in Path("configs").rglob("*.yaml"))
         raise ConfigError(

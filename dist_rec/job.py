@@ -23,6 +23,7 @@ from dist_rec.recommender import distribute
 from dist_rec.serving.tensor_file import TensorFileError
 from dist_rec.settings import Complaint, ConfigError
 from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError
+from dist_rec.training.evaluation import Diagnostics
 from dist_rec.training.runtime import Runtime, rank_from_environment
 from dist_rec.training.trainer import TrainingStopped
 
@@ -174,6 +175,7 @@ class Trained(NamedTuple):
     checkpoint: Checkpoint
     model: DistributedModelParallel
     data: JobData
+    diagnostics: Diagnostics
 
 
 def restore(config: RunConfig, runtime: Runtime) -> Trained:
@@ -191,9 +193,9 @@ def restore(config: RunConfig, runtime: Runtime) -> Trained:
     checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", config.checkpoint, runtime)
     checkpoint = checkpointer.trained(config.evaluate.step)
     data = JobData(config, runtime, splits=(split,))
-    model = distribute(config, runtime).model
-    checkpointer.load(checkpoint, model, None)
-    return Trained(checkpoint, model, data)
+    parts = distribute(config, runtime)
+    checkpointer.load(checkpoint, parts.model, None)
+    return Trained(checkpoint, parts.model, data, parts.diagnostics)
 
 
 def _read_splits(config: RunConfig, splits: Sequence[str], world_size: int) -> dict[str, list[FileFooter]]:
