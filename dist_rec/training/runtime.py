@@ -104,10 +104,21 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every rank, by rank, on every rank (any picklable objects)."""
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, value, group=self.control)
+        return every
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' `values`, tensors of one shape, on every rank and on the host."""
+        result = values.cpu().clone()
+        dist.all_reduce(result, group=self.control)
+        return result
+
     def total(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Counts of all ranks added up, on every rank."""
-        every: list[Mapping[str, int]] = [{} for _ in range(self.world_size)]
-        dist.all_gather_object(every, dict(counts), group=self.control)
+        every = self.gather(dict(counts))
         names = sorted({name for part in every for name in part})
         return {name: sum(part.get(name, 0) for part in every) for name in names}
 
