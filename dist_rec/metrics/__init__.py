@@ -3,6 +3,7 @@
 - `binary.py`: log loss, normalised entropy, AUC, grouped AUC, calibration; pure functions over numpy arrays.
 - `rows.py`: `RowStore` keeps the rows of each step's output and merges those of all ranks.
 - `compute.py`: `MetricsConfig`, and from merged rows to the reported dictionary.
+- `compare.py`: runs on the same rows: metrics of cohorts, differences with intervals.
 - `axes.py`, `quantiles.py`: rows divided along groups of the schema, also at the quantiles of all rows.
 - `divergence.py`, `cohorts.py`: how far predictions of cohorts are apart, and the two that differ most.
 
