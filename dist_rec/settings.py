@@ -133,6 +133,8 @@ def _convert(hint: Any, value: Any, key: str, complaints: list[Complaint]) -> An
         return float(value)
     if hint in (int, bool, str) and type(value) is hint:
         return value
+    if hint is int and isinstance(value, float) and value.is_integer():  # 1e3, which YAML reads as a float
+        return int(value)
     complaints.append(Complaint(key, f"is {value!r}; expected {describe(hint)}{_hint_for(hint, value)}"))
     return _INVALID
 
@@ -161,7 +163,7 @@ def _hint_for(hint: Any, value: Any) -> str:
         return f" (YAML reads {value} as text; write {number!r})"
     if typing.get_origin(hint) is Literal and isinstance(value, str):
         return _suggest(value, [str(a) for a in typing.get_args(hint)], known="")
-    if hint is str:
+    if hint is str and value is not None:
         return f" (put it in quotes: '{value}')"
     return ""
 

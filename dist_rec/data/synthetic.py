@@ -3,7 +3,7 @@
 What is planted, on the logit: a term per user, item and category; a product of hidden user and item vectors (only
 models with interactions find it); the likeness of the item to the user's history; an effect of the hour that differs by
 domain; an effect of the item that has opposite signs in opposite cohorts (an average over cohorts hides it); and dense
-columns.
+columns. With `domains` set another log is written in its place: see `synthetic_domains`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dist_rec.settings import Complaint
+from dist_rec.data.synthetic_domains import DomainsConfig, DomainsWorld, Truth, write_truth
+from dist_rec.settings import Complaint, gather
 
 SPLITS = ("train", "validation", "test")
 NUM_HOURS, NUM_COHORTS, NUM_DENSE = 24, 4, 4
@@ -42,6 +43,7 @@ class SyntheticConfig:
     items: int = 2_000
     categories: int = 50
     seed: int = 20261123
+    domains: DomainsConfig | None = None  # {} or more: the log of several domains, with truth.json beside its splits
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about the settings themselves."""
@@ -50,6 +52,8 @@ class SyntheticConfig:
                 yield Complaint(name, f"is {getattr(self, name)}; use at least 1")
         if self.seed < 0:
             yield Complaint("seed", f"is {self.seed}; use 0 or more")
+        if self.domains is not None:
+            yield from gather("domains", self.domains.check())
 
 
 @dataclass
@@ -81,11 +85,39 @@ class _World:
             cohort_direction=rng.normal(0, 0.7, (NUM_COHORTS // 2, _FACTORS)),
         )
 
+    def rows(
+        self, rng: np.random.Generator, user: np.ndarray, item: np.ndarray, first_row: int
+    ) -> tuple[pa.Table, None]:
+        """A table with the given (n,) users and items; what is behind it is not told."""
+        count = len(user)
+        hour = rng.integers(0, NUM_HOURS, count)
+        domain = rng.choice(len(_DOMAIN_SHARES), count, p=_DOMAIN_SHARES)
+        dense = rng.normal(0, 1, (count, NUM_DENSE))
+        lengths = rng.integers(0, _MAX_HISTORY + 1, count)
+        history = _history(self, rng, user, lengths)
+        logit = _logit(self, user, item, hour, domain, dense) + _likeness(self, item, history, lengths)
+        d3 = pa.array(np.exp(dense[:, 3]).astype(np.float32), mask=rng.random(count) < _NULL_SHARE)
+        table = pa.table({
+            "label": (rng.random(count) < 1 / (1 + np.exp(-logit))).astype(np.float32),
+            "row_id": np.arange(first_row, first_row + count),
+            **{f"d{i}": dense[:, i].astype(np.float32) for i in range(NUM_DENSE - 1)},
+            "d3": d3,
+            "user_id": user,
+            "item_id": item,
+            "category": self.item_category[item],
+            "hour": hour,
+            "history": pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), history),
+            "domain": domain,
+            "cohort": self.user_cohort[user],
+        })  # fmt: skip
+        return table, None
+
 
 def write(config: SyntheticConfig) -> None:
     """Writes train/, validation/ and test/ under `config.path`, all or nothing; an existing folder is left as it is.
 
-    The rows are a function of the config. Memory: one file's rows.
+    The rows are a function of the config. Memory: one file's rows; with `domains` also 32 bytes for each row of
+    validation and test, whose best possible scores go to truth.json.
     """
     target = Path(config.path)
     if target.exists():
@@ -94,17 +126,9 @@ def write(config: SyntheticConfig) -> None:
     # written beside the target and renamed, so that nobody ever reads half a data set, and of two writers one wins
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        world, first_row = _World.draw(config), 0
-        for split, name in enumerate(SPLITS):
-            (temporary / name).mkdir()
-            rows = config.rows if name == "train" else config.eval_rows
-            for number, start in enumerate(range(0, rows, config.rows_per_file)):
-                count = min(config.rows_per_file, rows - start)
-                rng = np.random.default_rng([config.seed, 1, split, number])
-                table = _table(world, config, rng, count, first_row)
-                file = temporary / name / f"part-{number:05d}.parquet"
-                pq.write_table(table, file, row_group_size=config.row_group_rows)
-                first_row += count
+        truth = _write_splits(config, temporary)
+        if config.domains is not None:
+            write_truth(truth, temporary / "truth.json")
         temporary.chmod(0o755)
         os.rename(temporary, target)
     except OSError:
@@ -114,28 +138,27 @@ def write(config: SyntheticConfig) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _table(world: _World, config: SyntheticConfig, rng: np.random.Generator, count: int, first_row: int) -> pa.Table:
-    user, item = _zipf(rng, config.users, count), _zipf(rng, config.items, count)
-    hour = rng.integers(0, NUM_HOURS, count)
-    domain = rng.choice(len(_DOMAIN_SHARES), count, p=_DOMAIN_SHARES)
-    dense = rng.normal(0, 1, (count, NUM_DENSE))
-    lengths = rng.integers(0, _MAX_HISTORY + 1, count)
-    history = _history(world, rng, user, lengths)
-    logit = _logit(world, user, item, hour, domain, dense) + _likeness(world, item, history, lengths)
-    d3 = pa.array(np.exp(dense[:, 3]).astype(np.float32), mask=rng.random(count) < _NULL_SHARE)
-    return pa.table({
-        "label": (rng.random(count) < 1 / (1 + np.exp(-logit))).astype(np.float32),
-        "row_id": np.arange(first_row, first_row + count),
-        **{f"d{i}": dense[:, i].astype(np.float32) for i in range(NUM_DENSE - 1)},
-        "d3": d3,
-        "user_id": user,
-        "item_id": item,
-        "category": world.item_category[item],
-        "hour": hour,
-        "history": pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), history),
-        "domain": domain,
-        "cohort": world.user_cohort[user],
-    })  # fmt: skip
+def _write_splits(config: SyntheticConfig, folder: Path) -> dict[str, list[Truth]]:
+    """Writes every split below `folder`; returns what is behind the rows of validation and test, if that is kept."""
+    world: _World | DomainsWorld = _World.draw(config)
+    if config.domains is not None:
+        world = DomainsWorld(config.domains, config.users, config.items, config.categories, config.seed)
+    truth: dict[str, list[Truth]] = {"validation": [], "test": []}
+    first_row = 0
+    for split, name in enumerate(SPLITS):
+        (folder / name).mkdir()
+        rows = config.rows if name == "train" else config.eval_rows
+        for number, start in enumerate(range(0, rows, config.rows_per_file)):
+            count = min(config.rows_per_file, rows - start)
+            rng = np.random.default_rng([config.seed, 1, split, number])
+            user, item = _zipf(rng, config.users, count), _zipf(rng, config.items, count)
+            table, behind = world.rows(rng, user, item, first_row)
+            if behind is not None and name in truth:
+                truth[name].append(behind)
+            file = folder / name / f"part-{number:05d}.parquet"
+            pq.write_table(table, file, row_group_size=config.row_group_rows)
+            first_row += count
+    return truth
 
 
 def _zipf(rng: np.random.Generator, size: int, count: int) -> np.ndarray:

@@ -1,9 +1,11 @@
 """The planted structure is there, and what the card declares fits the files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from dist_rec.data.footers import check_columns, read_footers
@@ -12,7 +14,7 @@ from dist_rec.data.schema import Schema
 from dist_rec.data.synthetic import SPLITS, SyntheticConfig, write
 from dist_rec.settings import parse
 
-CARD = Path(__file__).resolve().parents[2] / "configs" / "schemas" / "synthetic.yaml"
+CARDS = Path(__file__).resolve().parents[2] / "configs" / "schemas"
 SMALL = {"rows": 5000, "eval_rows": 700, "rows_per_file": 2000, "row_group_rows": 512}
 
 
@@ -33,18 +35,19 @@ def test_existing_folder_is_left_alone(tmp_path):
     assert not list((tmp_path / "mine").iterdir())
 
 
-def test_card_fits_the_files(tmp_path):
-    card, complaints = yaml.safe_load(CARD.read_text()), []
+@pytest.mark.parametrize(("name", "counts"), [("synthetic", {"d3.null=fill"}), ("synthetic_domains", set())])
+def test_card_fits_the_files(tmp_path, name, counts):
+    card, complaints = yaml.safe_load((CARDS / f"{name}.yaml").read_text()), []
     schema = parse(Schema, card["schema"], complaints)
     data = parse(DataConfig, card["data"], complaints)
     assert not complaints and not list(schema.check()) and not list(data.check())
-    write(SyntheticConfig(path=str(tmp_path / "s"), **SMALL))
+    write(replace(data.synthetic, path=str(tmp_path / "s"), **SMALL))
     for split in SPLITS:
         footers = read_footers(str(tmp_path / "s" / split))
         check_columns(footers, schema)
         loader = Loader(data, schema, footers, rank=0, world_size=1, batch_size=512, seed=0, shuffle=False, epochs=1)
         assert sum(float(batch.weights.sum()) for batch in loader) == sum(sum(f.row_group_rows) for f in footers)
-        assert set(loader.counts) == {"d3.null=fill"}
+        assert set(loader.counts) == counts
 
 
 def test_config_complaints():

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
+
+from tests import runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,3 +39,22 @@ def test_a_killed_job_goes_on_with_every_row_once_per_epoch(study, tmp_path, mon
     assert 7 <= result.continued_from <= result.killed_after_step + 1 and result.continued_from % 7 == 0
     assert (result.missing, result.repeated) == (0, 0)
     assert result.is_good
+
+
+def test_ctrl_c_ends_a_run_with_one_message_and_it_goes_on(tmp_path):
+    data = runs.write(tmp_path / "data", 2000)
+    card, folder = tmp_path / "card.yaml", tmp_path / "run"
+    card.write_text(yaml.safe_dump(runs.values(data, folder, train={"epochs": 4000}, checkpoint={"every": 20})))
+    command = [sys.executable, "-m", "dist_rec.train", str(card)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        for line in job.stdout:
+            if line.startswith("train  step 40/"):
+                break
+        job.send_signal(signal.SIGINT)
+        _, errors = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert "Traceback" not in errors
+    assert "interrupted; the same command goes on from the newest checkpoint in run.dir" in errors
+    done = subprocess.run([*command, "train.steps=80"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "continuing after step" in done.stdout
