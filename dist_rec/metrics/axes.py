@@ -120,7 +120,7 @@ class CutAxis(NamedTuple):
         """(n,) int64 values -> (n,) int64: the number of each row's cohort, from 0."""
         cells = torch.tensor(self.cells, dtype=torch.int64, device=values.device)
         # a value that no cohort has is only met in padding rows
-        return torch.searchsorted(cells, self.axis.cells(values)).clamp(max=len(self.cells) - 1)
+        return torch.searchsorted(cells, self.axis.cells(values.contiguous())).clamp(max=len(self.cells) - 1)
 
     def describe(self, cell: int) -> str:
         """A cohort in words, in the units of the group."""

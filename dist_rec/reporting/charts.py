@@ -15,10 +15,12 @@ from numpy.typing import ArrayLike
 
 from dist_rec.reporting.svg import (
     COLOURS,
+    FAINT,
     FONT,
     GREY,
     INK,
     Frame,
+    Key,
     Scale,
     dash,
     element,
@@ -37,7 +39,8 @@ from dist_rec.reporting.svg import (
     width_of,
 )
 
-_WIDTH, _HEIGHT = 560, 300  # of the plotting area
+_WIDTH, _HEIGHT = 420, 260  # of the plotting area, unless it is asked to be small
+_SMALL_WIDTH, _SMALL_HEIGHT = 195, 150
 _LEFT, _TOP, _BOTTOM = 76, 52, 48
 _MOST_POINTS = 400  # of one line; more cannot be seen
 _LABEL = 44  # characters of a row's label
@@ -53,6 +56,16 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """One histogram of a chart: (n,) heights over the chart's bins, and the colour and dashes of its outline."""
+
+    name: str
+    heights: ArrayLike
+    colour: str
+    dashes: str = ""
+
+
+@dataclass(frozen=True)
 class Row:
     """One row of a row chart: a value for each series, and the interval around it where there is one."""
 
@@ -61,10 +74,16 @@ class Row:
     intervals: Sequence[tuple[float, float] | None] = field(default_factory=list)
 
 
-def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str, subtitle: str = "") -> str:
-    """Lines over a shared x, each with a colour and a dash of its own. Long ones are thinned to what can be seen."""
+def line_chart(
+    title: str, lines: Sequence[Line], x_label: str, y_label: str, subtitle: str = "", *, small: bool = False
+) -> str:
+    """Lines over a shared x, each with a colour and a dash of its own. Long ones are thinned to what can be seen.
+
+    small: of a row of charts with the same lines; the legend is left to another one.
+    """
     points = [_finite(one) for one in lines]
-    frame = _frame(extent([x for ps in points for x, _ in ps], 0.02), extent([y for ps in points for _, y in ps]))
+    x, y = extent([x for ps in points for x, _ in ps], 0.02), extent([y for ps in points for _, y in ps])
+    frame = _frame(x, y, small)
     parts = [*heading(title, subtitle), *frame.axes(x_label, y_label)]
     for i, (one, ps) in enumerate(zip(lines, points, strict=True)):
         colour = COLOURS[i % len(COLOURS)]
@@ -73,37 +92,39 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str, su
             parts.append(path(drawn, fill="none", stroke=colour, stroke_width=1.8, stroke_dasharray=dash(i)))
         if 0 < len(drawn) <= 30:
             parts += [_dot(x, y, colour, f"{one.name}: {number(v)}") for (x, y), (_, v) in zip(drawn, ps, strict=True)]
-    return _with_legend(parts, [one.name for one in lines], title)
+    keys = [Key(one.name, COLOURS[i % len(COLOURS)], dash(i)) for i, one in enumerate(lines)]
+    return _with_legend(parts, [] if small else keys, title, frame)
 
 
 def histogram_chart(
     title: str,
     edges: ArrayLike,
-    series: Sequence[tuple[str, ArrayLike]],
+    series: Sequence[Histogram],
     x_label: str,
     y_label: str,
     subtitle: str = "",
+    *,
+    small: bool = False,
 ) -> str:
     """Histograms over the same bins, as outlines over a faint fill.
 
-    edges: (n + 1,) of the bins. series: name and (n,) heights.
+    edges: (n + 1,) of the bins. small: as of `line_chart`, but with a legend.
     """
     bounds = np.asarray(edges, np.float64)
-    heights = [np.asarray(values, np.float64) for _, values in series]
+    heights = [np.asarray(one.heights, np.float64) for one in series]
     some = np.flatnonzero(np.sum(heights, axis=0) > 0)
     low, high = (some[0], some[-1] + 1) if len(some) else (0, len(bounds) - 1)
     top = max(float(values.max()) for values in heights) or 1.0
-    frame = _frame((float(bounds[low]), float(bounds[high])), (0.0, 1.05 * top))
+    frame = _frame((float(bounds[low]), float(bounds[high])), (0.0, 1.05 * top), small)
     parts = [*heading(title, subtitle), *frame.axes(x_label, y_label)]
-    for i, values in enumerate(heights):
-        colour = COLOURS[i % len(COLOURS)]
+    for one, values in zip(series, heights, strict=True):
         corners = [(frame.x(bounds[low]), frame.y(0))]
         for k in range(low, high):
             corners += [(frame.x(bounds[k]), frame.y(values[k])), (frame.x(bounds[k + 1]), frame.y(values[k]))]
         corners.append((frame.x(bounds[high]), frame.y(0)))
-        parts.append(path(corners, fill=colour, fill_opacity=0.12, stroke="none"))
-        parts.append(path(corners, fill="none", stroke=colour, stroke_width=1.8, stroke_dasharray=dash(i)))
-    return _with_legend(parts, [name for name, _ in series], title)
+        style = {"fill": one.colour, "fill_opacity": 0.1, "stroke": one.colour, "stroke_dasharray": one.dashes}
+        parts.append(path(corners, stroke_width=1.8, **style))
+    return _with_legend(parts, [Key(one.name, one.colour, one.dashes) for one in series], title, frame)
 
 
 def row_chart(
@@ -113,32 +134,33 @@ def row_chart(
     x_label: str,
     *,
     kind: Literal["bars", "dots"],
-    reference: float | None = None,
     subtitle: str = "",
+    first_colour: int = 0,
 ) -> str:
     """A row for each name, in it a bar (from 0) or a dot for each series, with its interval.
 
-    reference: a value that is marked by a line, such as 1 for calibration.
+    first_colour: number of the first series' colour, where another chart has more series.
     """
     slot = 18 if kind == "bars" else 14
     step = slot * len(series) + 12
     left = 24 + max(width_of(shortened(row.name, _LABEL)) for row in rows)
     ends = [v for row in rows for v in row.values] + [v for row in rows for i in row.intervals if i for v in i]
-    ends += [] if reference is None else [reference]
     ends += [0.0] if kind == "bars" else []
     bottom = _TOP + step * len(rows)
     frame = Frame(Scale(*extent(ends), left, left + _WIDTH), Scale(0, len(rows), bottom, _TOP))
     parts = [*heading(title, subtitle), *frame.axes(x_label, "", y_ticks=False)]
     for r, row in enumerate(rows):
         top = _TOP + r * step
+        parts.append(line(left, top + step, left + _WIDTH, top + step, stroke=FAINT))
         parts.append(text(left - 8, top + step / 2 + 4, shortened(row.name, _LABEL), anchor="end"))
         for i, value in enumerate(row.values):
             interval = row.intervals[i] if i < len(row.intervals) else None
-            parts += _mark(frame, top + 6 + slot * i, slot, value, interval, i, kind, f"{row.name}, {series[i]}")
-    for at in {0.0 if kind == "bars" else reference, reference} - {None}:
-        assert at is not None
-        parts.append(line(frame.x(at), _TOP, frame.x(at), bottom, stroke=INK, stroke_dasharray="4 3"))
-    return _with_legend(parts, series, title, right=left + _WIDTH, bottom=bottom, filled=True)
+            parts += _mark(frame, top + 6 + slot * i, slot, value, interval, first_colour + i, kind,
+                           f"{row.name}, {series[i]}")  # fmt: skip
+    if kind == "bars":
+        parts.append(line(frame.x(0), _TOP, frame.x(0), bottom))
+    keys = [Key(name, COLOURS[i % len(COLOURS)], None) for i, name in enumerate(series, first_colour)]
+    return _with_legend(parts, keys, title, frame)
 
 
 def heat_map(title: str, names: Sequence[str], matrix: ArrayLike, unit: str, subtitle: str = "") -> str:
@@ -221,20 +243,15 @@ def _finite(one: Line) -> list[tuple[float, float]]:
     return [points[round(k * (len(points) - 1) / (_MOST_POINTS - 1))] for k in range(_MOST_POINTS)]
 
 
-def _frame(x: tuple[float, float], y: tuple[float, float]) -> Frame:
-    return Frame(Scale(*x, _LEFT, _LEFT + _WIDTH), Scale(*y, _TOP + _HEIGHT, _TOP))
+def _frame(x: tuple[float, float], y: tuple[float, float], small: bool) -> Frame:
+    width, height = (_SMALL_WIDTH, _SMALL_HEIGHT) if small else (_WIDTH, _HEIGHT)
+    return Frame(Scale(*x, _LEFT, _LEFT + width), Scale(*y, _TOP + height, _TOP))
 
 
-def _with_legend(
-    parts: list[str],
-    names: Sequence[str],
-    title: str,
-    *,
-    right: float = _LEFT + _WIDTH,
-    bottom: float = _TOP + _HEIGHT,
-    filled: bool = False,
-) -> str:
-    width = right + 24 + (legend_width(names) if len(names) > 1 else 0)
-    if len(names) > 1:
-        parts = [*parts, *legend(names, right + 20, _TOP + 12, filled=filled)]
-    return picture(width, max(bottom, _TOP + 18 * len(names)) + _BOTTOM, parts, title)
+def _with_legend(parts: list[str], keys: Sequence[Key], title: str, frame: Frame) -> str:
+    """The picture, with a legend to its right where it has keys."""
+    width, bottom = frame.x.end + 24, frame.y.start
+    if keys:
+        parts = [*parts, *legend(keys, frame.x.end + 20, _TOP + 12)]
+        width, bottom = width + legend_width(keys), max(bottom, _TOP + 18.0 * len(keys))
+    return picture(width, bottom + _BOTTOM, parts, title)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dist_rec.reporting.charts import heat_map, histogram_chart
+from dist_rec.reporting.charts import Histogram, heat_map, histogram_chart
+from dist_rec.reporting.svg import COLOURS, DASHES
 
 _SHOWN = 30  # cohorts in the table
 _MEASURES = {
@@ -45,11 +46,12 @@ def pictures(found: Mapping[str, Any]) -> list[str]:
     """The distributions of head, tail and all rows; the divergences between all cohorts of the chosen axis."""
     names = {tuple(c["cells"].items()): c["name"] for c in found["cohorts"]}
     histograms = found["histograms"]
-    series = []
+    series: list[Histogram] = []
     for part, what in (("head", "head"), ("tail", "tail"), ("all", "all rows")):
         counts = np.asarray(histograms[part], np.float64)
         name = f"{what}: {names[tuple(found[part].items())]}" if part in found else what
-        series.append((name, counts / counts.sum()))
+        i = len(series)
+        series.append(Histogram(name, counts / counts.sum(), COLOURS[i], DASHES[i]))
     edges = np.linspace(histograms["low"], histograms["high"], len(histograms["all"]) + 1)
     axis, divergence = " x ".join(found["axes"]), found["divergence"]
     return [

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Told apart by colour-blind readers too. Source: Okabe and Ito 2008, "Color Universal Design"."""
@@ -18,6 +19,7 @@ DASHES = ("", "7 3", "2 2", "8 3 2 3")
 
 INK, GREY, FAINT = "#222222", "#777777", "#dddddd"
 FONT = 12
+_NAME = 34  # characters of a name in a legend
 _CHARACTER = 0.58  # mean width of a character of the font, in units of its size
 
 
@@ -79,6 +81,7 @@ def picture(width: float, height: float, parts: Iterable[str], title: str) -> st
         "\n".join([hint(title), *parts]),
         viewBox=f"0 0 {width:.0f} {height:.0f}",
         width=round(width),
+        height=round(height),
         role="img",
         font_family=_FONTS,
         style="max-width:100%;height:auto;background:#ffffff",
@@ -118,6 +121,8 @@ def ticks(low: float, high: float, most: int = 7) -> list[float]:
 
 def number(value: float) -> str:
     """A number as short as it stays readable: 0.05, 12k, 3.5M, 2e-05."""
+    if not math.isfinite(value):
+        return "–"
     if abs(value) >= 10_000:
         for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
             if abs(value) >= limit:
@@ -180,24 +185,34 @@ def heading(title: str, subtitle: str = "") -> list[str]:
     return [*parts, text(8, 37, subtitle, fill=GREY)] if subtitle else parts
 
 
-def legend(names: Sequence[str], x: float, y: float, *, filled: bool = False) -> list[str]:
-    """One row for each name, with the mark that series number i has: a dashed line, or a filled box."""
+class Key(NamedTuple):
+    """What a legend says of a series; dashes: of its line, None for a filled mark."""
+
+    name: str
+    colour: str
+    dashes: str | None
+
+
+def legend(keys: Sequence[Key], x: float, y: float) -> list[str]:
+    """A row for each series."""
     parts = []
-    for i, name in enumerate(names):
-        at, colour = y + 18 * i, COLOURS[i % len(COLOURS)]
-        if filled:
-            parts.append(rectangle(x, at - 9, 22, 11, fill=colour))
+    for i, key in enumerate(keys):
+        at = y + 18 * i
+        if key.dashes is None:
+            parts.append(rectangle(x, at - 9, 22, 11, fill=key.colour))
         else:
-            parts.append(line(x, at - 4, x + 22, at - 4, stroke=colour, stroke_width=2, stroke_dasharray=dash(i)))
-        parts.append(text(x + 28, at, shortened(name, 32)))
+            parts.append(
+                line(x, at - 4, x + 22, at - 4, stroke=key.colour, stroke_width=2, stroke_dasharray=key.dashes)
+            )
+        parts.append(text(x + 28, at, shortened(key.name, _NAME)))
     return parts
 
 
 def dash(i: int) -> str:
-    """The dashes of line number i."""
-    return DASHES[i // len(COLOURS) % len(DASHES)] if i >= len(COLOURS) else DASHES[i % len(DASHES)]
+    """The dashes of line number i; 28 lines differ in colour or dashes."""
+    return DASHES[(i + 2 * (i // len(COLOURS))) % len(DASHES)]
 
 
-def legend_width(names: Sequence[str]) -> float:
+def legend_width(keys: Sequence[Key]) -> float:
     """Room that `legend` takes."""
-    return 44 + max((width_of(shortened(name, 32)) for name in names), default=0)
+    return 44 + max((width_of(shortened(key.name, _NAME)) for key in keys), default=0)
