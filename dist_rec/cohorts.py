@@ -115,7 +115,8 @@ def load(run: str, data: str, arguments: Sequence[str]) -> tuple[RunConfig, Coho
         raise ConfigError([Complaint(run, "has no config.yaml; give the run.dir of a trained run, and then the data")])
     given, overrides = split_options(arguments)
     values = read(str(card), overrides)
-    values["run"]["dir"], values["data"][_SPLIT], values["evaluate"]["split"] = run, data, _SPLIT
+    values["run"]["dir"], values["evaluate"]["split"] = run, _SPLIT
+    values["data"] |= {_SPLIT: data, "synthetic": None}  # what is missing is an error, and is not made up
     config = from_mapping(values)
     complaints: list[Complaint] = []
     options: CohortsConfig = parse(CohortsConfig, given, complaints)

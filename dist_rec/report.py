@@ -17,7 +17,6 @@ from dist_rec.config import RunConfig, from_mapping, read, split_options, to_map
 from dist_rec.data import cohorts as cohorts_file
 from dist_rec.data.cohorts import Axis, Cohorts
 from dist_rec.data.footers import DataError
-from dist_rec.data.schema import Schema
 from dist_rec.job import DataSetError, restore, run_entry
 from dist_rec.metrics.axes import AxisError, Cut, CutAxis, Ranks, check_cuts, cut_axes, parse_cut
 from dist_rec.metrics.compare import Mask
@@ -169,7 +168,7 @@ def _config(path: str, options: ReportOptions, overrides: Sequence[str]) -> RunC
     values = read(str(Path(path) / "config.yaml"), overrides)
     values["run"]["dir"], values["evaluate"]["split"] = path, options.split
     if options.data is not None:
-        values["data"][options.split] = options.data
+        values["data"] |= {options.split: options.data, "synthetic": None}  # a missing file is not made up
     return from_mapping(values)
 
 
