@@ -15,7 +15,7 @@ import torch
 
 from dist_rec.config import RunConfig, from_mapping, read, split_options
 from dist_rec.data.schema import Schema
-from dist_rec.job import restore, run_entry
+from dist_rec.job import check_output, restore, run_entry
 from dist_rec.metrics.axes import AxisError, Cut, CutAxis, Ranks, check_cuts, cut_axes, parse_cut
 from dist_rec.metrics.cohorts import Bins, Division, Tally, choose, divide, to_mapping
 from dist_rec.reporting.cohorts import pictures, table
@@ -89,6 +89,8 @@ class CohortsConfig:
         binary = [name for name, column in schema.labels.items() if column.kind == "binary"]
         if self.label is not None and self.label not in binary:
             yield Complaint("label", f"is '{self.label}', which is no binary label; known: {', '.join(binary)}")
+        if self.output is not None:
+            yield from check_output(self.output, ".json")
         if not binary:
             yield Complaint("label", "cannot be found: the schema has no binary label, so there are no log-odds")
 
@@ -241,10 +243,8 @@ def _one_line_lists(text: str) -> str:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    if len(arguments) < 2 or "=" in arguments[0] + arguments[1]:
-        raise ConfigError(
-            [Complaint("arguments", "begin with RUN and DATA: dist-rec cohorts RUN DATA [key=value ...]")]
-        )
+    if len(arguments) < 2:
+        raise ConfigError([Complaint("DATA", "is missing: dist-rec cohorts RUN DATA [key=value ...]")])
     run(*load(arguments[0], arguments[1], arguments[2:]))
 
 

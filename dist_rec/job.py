@@ -25,7 +25,7 @@ from dist_rec.embeddings.sharding import PlanError
 from dist_rec.recommender import distribute
 from dist_rec.settings import Complaint, ConfigError
 from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError
-from dist_rec.training.runtime import Runtime, rank_from_environment
+from dist_rec.training.runtime import Runtime, check_writable, rank_from_environment
 from dist_rec.training.trainer import TrainingStopped
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,15 @@ def quiet_libraries() -> None:
 def load_config(arguments: Sequence[str]) -> RunConfig:
     """The config of `CONFIG [key=value ...]`."""
     return load(arguments[0], arguments[1:])
+
+
+def check_output(path: str, suffix: str) -> Iterator[Complaint]:
+    """Complaints about the option `output`, a file to be written, before anything is computed for it."""
+    file = Path(path)
+    if file.is_dir() or file.suffix != suffix:
+        yield Complaint("output", f"is '{path}'; name a file that ends with {suffix}")
+    else:
+        yield from check_writable(file.parent, "output")
 
 
 _LEFT_ALONE = ("Connection closed by peer", "Connection reset by peer")

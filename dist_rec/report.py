@@ -17,7 +17,7 @@ from dist_rec.config import RunConfig, from_mapping, read, split_options, to_map
 from dist_rec.data import cohorts as cohorts_file
 from dist_rec.data.cohorts import Axis, Cohorts
 from dist_rec.data.footers import DataError
-from dist_rec.job import DataSetError, restore, run_entry
+from dist_rec.job import DataSetError, check_output, restore, run_entry
 from dist_rec.metrics.axes import AxisError, Cut, CutAxis, Ranks, check_cuts, cut_axes, parse_cut
 from dist_rec.metrics.compare import Mask
 from dist_rec.metrics.rows import Rows
@@ -81,9 +81,7 @@ class ReportOptions:
             yield Complaint("replicates", f"is {self.replicates}; an interval needs hundreds")
         if self.seed < 0:
             yield Complaint("seed", f"is {self.seed}; use a number >= 0")
-        folder = Path(self.output)
-        if folder.is_dir() or folder.suffix != ".html":
-            yield Complaint("output", f"is '{self.output}'; name a file that ends with .html")
+        yield from check_output(self.output, ".html")
 
     def cuts(self) -> list[Cut | str]:
         """The axes, or what is wrong with one."""

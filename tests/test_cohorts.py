@@ -135,8 +135,17 @@ def test_what_is_wrong_is_said_once(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["RUN"], "begin with RUN and DATA"),
-        (["axes=domain", "DATA"], "begin with RUN and DATA"),
+        (["RUN"], "DATA: is missing: dist-rec cohorts RUN DATA"),
+        (
+            ["axes=domain", "DATA"],
+            "axes=domain: has no config.yaml; give the run.dir of a trained run, and then the data",
+        ),
+        (["RUN", "axes=domain"], "axes=domain: there is no such file or folder"),
+        (["RUN", "DATA", "output=c.txt"], "output: is 'c.txt'; name a file that ends with .json"),
+        (
+            ["RUN", "DATA", "output=/dev/null/c.json"],
+            "output: is '/dev/null', but '/dev/null' is a file; name a folder",
+        ),
         (["/tmp", "DATA"], "/tmp: has no config.yaml; give the run.dir of a trained run"),
         (["RUN", "/no/such/data"], "/no/such/data: there is no such file or folder"),
     ],

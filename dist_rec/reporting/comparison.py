@@ -73,10 +73,9 @@ def compare(
     everything = Divided("", {"all rows": np.full(len(labels), True)})
     named = {name: (d.part, mask) for d in (everything, *divided) for name, mask in d.masks.items() if mask.any()}
     masks = {name: mask for name, (_, mask) in named.items()}
-    sizes = {}
+    sizes, w = {}, weights.astype(np.float64)
     for name, (part, mask) in named.items():
-        rows, weight = int(mask.sum()), float(weights[mask].sum())
-        rate = float((labels[mask] * weights[mask]).sum() / weight)
+        rows, rate = int(mask.sum()), float((labels * w)[mask].sum() / w[mask].sum())
         sizes[name] = CohortSize(part, rows, int(labels[mask].sum()), rate)
     return Comparison(
         runs=list(runs),
