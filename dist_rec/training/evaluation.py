@@ -45,8 +45,7 @@ class Evaluation(NamedTuple):
     """What one pass over a split gives.
 
     Attributes:
-        metrics: the same on every rank. rows: what they were computed from, on rank 0, in the order of the loader:
-            without shuffle that of the files, on any number of ranks.
+        metrics: the same on every rank. rows: what they were computed from, see `collect`.
         policies: what the schema's policies did to values of the split, over all ranks (see `data.ids.PolicyCounts`).
         diagnostics: the same on every rank; empty if none were asked for.
     """
@@ -79,6 +78,29 @@ def predict(model: DistributedModelParallel, loader: Loader, runtime: Runtime) -
         model.train(training)
 
 
+def collect(
+    model: DistributedModelParallel,
+    loader: Loader,
+    num_labels: int,
+    groups: Sequence[str],
+    runtime: Runtime,
+    note: Callable[[StepOutput], None] | None = None,
+) -> Rows | None:
+    """All rows of one pass over `loader` with their predictions, on rank 0; see `predict`. Collective.
+
+    They are in the order of the loader: without shuffle that of the files, on any number of ranks.
+
+    Args:
+        note: is shown every batch's output on the way.
+    """
+    store = RowStore(num_labels=num_labels, groups=groups)
+    for output in predict(model, loader, runtime):
+        store.append(output)
+        if note is not None:
+            note(output)
+    return store.merged(runtime.control)
+
+
 def evaluate(
     model: DistributedModelParallel,
     loader: Loader,
@@ -88,19 +110,20 @@ def evaluate(
     groups: Sequence[str] | None = None,
     diagnostics: Diagnostics = Diagnostics(),
 ) -> Evaluation:
-    """Evaluates one pass over `loader`; see `predict`. Collective.
+    """Evaluates one pass over `loader`; see `collect`. Collective.
 
     Args:
         groups: the groups to keep with the rows; by default those that the metrics need.
         diagnostics: what else to say of the model.
     """
-    store = RowStore(num_labels=len(schema.labels), groups=config.groups if groups is None else groups)
     moments = Moments()
-    for output in predict(model, loader, runtime):
-        store.append(output)
+
+    def note(output: StepOutput) -> None:
         if output.compared is not None:
             moments.add(output.compared, output.weights)
-    rows = store.merged(runtime.control)
+
+    kept = config.groups if groups is None else groups
+    rows = collect(model, loader, len(schema.labels), kept, runtime, note)
     metrics = compute(rows, schema, config) if rows is not None else None
     found = diagnostics.tables()
     if diagnostics.compared:
