@@ -34,6 +34,9 @@ class DensePart(nn.Module):
         self.objective = objective
         self.auxiliaries = nn.ModuleDict(auxiliaries)
         self._precision = precision
+        for part in (objective, *auxiliaries.values()):
+            if callable(bind := getattr(part, "bind", None)):
+                bind(arch)
 
     def forward(self, batch: Batch, tables: dict[str, Tensor]) -> tuple[Tensor, StepOutput]:
         """tables: set name -> (B, F, D). Returns the loss to minimise (scalar, float32) and what the step leaves."""
