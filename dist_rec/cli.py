@@ -11,6 +11,8 @@ VERBS = {
     "init": ("dist_rec.init", "write a commented starting config for a Parquet data set"),
     "train": ("dist_rec.train", "train a model by a config"),
     "evaluate": ("dist_rec.evaluate", "evaluate a trained run"),
+    "cohorts": ("dist_rec.cohorts", "find the two cohorts whose predictions differ most"),
+    "report": ("dist_rec.report", "compare trained runs on one HTML page"),
     "plan": ("dist_rec.plan", "show which rank would hold which table, offline"),
 }
 

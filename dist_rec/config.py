@@ -183,6 +183,14 @@ def _merged(what: str, *layers: DictConfig) -> DictConfig:
     return merged
 
 
+def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(values of the keys without a dot, which are a verb's own options; the others, which override a config)."""
+    own = [a for a in arguments if "." not in a.partition("=")[0] or a.startswith("-")]
+    values = OmegaConf.to_container(_read_overrides(own))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}, [a for a in arguments if a not in own]
+
+
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """The resolved config as plain values, accepted again by `from_mapping`."""
     values = asdict(config)

@@ -20,6 +20,7 @@ from dist_rec.training.evaluation import Evaluation, evaluate
 from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime, process
 from dist_rec.training.trainer import Trainer
+from dist_rec.training.weights import WeightRecorder
 
 USAGE = """usage: dist-rec train CONFIG [key=value ...]
 
@@ -149,6 +150,7 @@ class _Training:
             config=config.train,
             metrics=config.metrics,
             reporter=reporter,
+            weights=WeightRecorder(self.parts.model, config.report.weights),
             checkpointer=self.checkpointer,
             runtime=self.runtime,
             total_steps=total_steps,

@@ -105,6 +105,8 @@ def test_the_base_of_these_tests_is_good(tmp_path):
             "schema.groups.domain.num_ids",
             "is 0",
         ),
+        ({"report": {"weights": {"every": 0}}}, "report.weights.every", "use a number of steps >= 1"),
+        ({"report": {"weights": {"near_zero": 0.0}}}, "report.weights.near_zero", "use a number > 0"),
         ({"objective": {"name": "bce", "label_weights": {"x": 1}}}, "objective.label_weights.x", "known: click"),
         ({"metrics": {"by": ["country"]}}, "metrics.by", "'country', which is no group of the schema; known: row"),
         ({"optim": {"schedule": {"decay": "cosine"}}}, "optim.schedule.decay_steps", "over how many steps"),

@@ -31,8 +31,7 @@ class Evaluation(NamedTuple):
     """What one pass over a split gives.
 
     Attributes:
-        metrics: the same on every rank. rows: what they were computed from, on rank 0, in the order of the loader:
-            without shuffle that of the files, on any number of ranks.
+        metrics: the same on every rank. rows: what they were computed from, see `collect`.
         policies: what the schema's policies did to values of the split, over all ranks (see `data.ids.PolicyCounts`).
     """
 
@@ -63,6 +62,19 @@ def predict(model: DistributedModelParallel, loader: Loader, runtime: Runtime) -
         model.train(training)
 
 
+def collect(
+    model: DistributedModelParallel, loader: Loader, num_labels: int, groups: Sequence[str], runtime: Runtime
+) -> Rows | None:
+    """All rows of one pass over `loader` with their predictions, on rank 0; see `predict`. Collective.
+
+    They are in the order of the loader: without shuffle that of the files, on any number of ranks.
+    """
+    store = RowStore(num_labels=num_labels, groups=groups)
+    for output in predict(model, loader, runtime):
+        store.append(output)
+    return store.merged(runtime.control)
+
+
 def evaluate(
     model: DistributedModelParallel,
     loader: Loader,
@@ -71,14 +83,11 @@ def evaluate(
     runtime: Runtime,
     groups: Sequence[str] | None = None,
 ) -> Evaluation:
-    """Evaluates one pass over `loader`; see `predict`. Collective.
+    """Evaluates one pass over `loader`; see `collect`. Collective.
 
     Args:
         groups: the groups to keep with the rows; by default those that the metrics need.
     """
-    store = RowStore(num_labels=len(schema.labels), groups=config.groups if groups is None else groups)
-    for output in predict(model, loader, runtime):
-        store.append(output)
-    rows = store.merged(runtime.control)
+    rows = collect(model, loader, len(schema.labels), config.groups if groups is None else groups, runtime)
     metrics = compute(rows, schema, config) if rows is not None else None
     return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts))

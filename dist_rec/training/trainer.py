@@ -27,6 +27,7 @@ from dist_rec.training.evaluation import Evaluation, evaluate
 from dist_rec.training.optim import NonFiniteGradient, StepOptimizer
 from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime
+from dist_rec.training.weights import WeightRecorder
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +171,7 @@ class Trainer:
     config: TrainConfig
     metrics: MetricsConfig
     reporter: Reporter
+    weights: WeightRecorder
     checkpointer: Checkpointer
     runtime: Runtime
     total_steps: int
@@ -218,6 +220,8 @@ class Trainer:
     def run_to(self, step: int) -> None:
         """Trains until `step` steps are done, or until early stopping says that it is enough."""
         self.model.train()
+        if self.progress.step == 0:
+            self._record_weights()
         self._batches = self._batches or iter(self.loader)
         started, waited = time.perf_counter(), self.loader.wait_seconds
         while self.progress.step < step and not self._should_stop():
@@ -250,6 +254,7 @@ class Trainer:
         step, last = self.progress.step, self.progress.step == self.total_steps
         if step % self.report_every == 0 or last:
             self._report()
+        self._record_weights()
         every, improved = self.config.eval_every, False
         if self.validation is not None and (last or (every is not None and step % every == 0)):
             improved = self._judge(self._validate())
@@ -265,6 +270,11 @@ class Trainer:
         p, metrics = self.measured(), self.window_metrics()
         metrics |= self._losses.take(self.runtime)
         self.reporter.train(p.step, p.examples, metrics, seconds=p.seconds, wait_seconds=p.wait_seconds)
+
+    def _record_weights(self, *, last: bool = False) -> None:
+        step = self.progress.step
+        if self.runtime.is_main and self.weights.due(step, last):
+            self.reporter.weights(step, self.measured().examples, self.weights.measure(step))
 
     def _validate(self) -> Evaluation:
         assert self.validation is not None
@@ -296,6 +306,7 @@ class Trainer:
         return rule is not None and self.progress.evaluations_since_best >= rule.patience
 
     def _finish(self) -> Evaluation | None:
+        self._record_weights(last=True)
         result = self._validate() if self.validation is not None else None
         self._save()
         best = self.progress.best_step
