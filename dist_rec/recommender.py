@@ -48,6 +48,9 @@ class DensePart(nn.Module):
         self.auxiliaries = nn.ModuleDict(auxiliaries)
         self._precision = precision
         self.compared = dict(compared)
+        for part in (objective, *auxiliaries.values()):
+            if callable(bind := getattr(part, "bind", None)):
+                bind(arch)
 
     def score(self, batch: Batch, tables: dict[str, Tensor]) -> ArchOutput:
         """tables: set name -> (B, F, D). What the arch makes of them; predictions (B, T) in float32."""

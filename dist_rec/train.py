@@ -64,8 +64,9 @@ class _Training:
             )
         self.data = JobData(config, runtime)
         saved, cursor = None, None
+        self.renewed: list[str] = []
         if self.checkpoint is not None:
-            check_compatible(self.checkpoint.meta["config"], to_mapping(config))
+            self.renewed = check_compatible(self.checkpoint.meta["config"], to_mapping(config))
             saved, cursor = self.checkpoint.meta["plan"], self.checkpoint.meta["cursor"]
         self.parts = distribute(config, runtime, saved)
         if saved is not None:
@@ -93,7 +94,7 @@ class _Training:
         try:
             trainer = self._trainer(reporter, total_steps)
             if self.checkpoint is not None:
-                trainer.resume(self.checkpoint)
+                trainer.resume(self.checkpoint, self.renewed)
             if is_main:  # not before: a resume that is refused must leave the folder as it describes its checkpoints
                 self._write_folder(reporter)
             if self.checkpoint is not None:
@@ -103,6 +104,8 @@ class _Training:
                     f"continuing after step {self.checkpoint.step} from {self.checkpoint.path}, "
                     f"written by {self.checkpoint.meta['world_size']} rank(s)"
                 )
+                for name in self.renewed:
+                    reporter.line(f"auxiliary {name}: {'starts anew' if name in config.auxiliary else 'dropped'}")
                 if p.step >= total_steps:
                     end = f"nothing to train: train.steps and train.epochs end at step {total_steps}"
                     reporter.line(f"{end}; raise them to go on, or choose another run.dir to start anew")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -196,9 +196,9 @@ class Trainer:
         self._saved_step: int | None = None
         self._evaluated: tuple[int, Evaluation] | None = None
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Loads everything but the data position, which the loader was made from."""
-        for part in self.checkpointer.load(checkpoint, self.model, self.optimizer):
+    def resume(self, checkpoint: Checkpoint, fresh: Sequence[str] = ()) -> None:
+        """Loads everything but the data position, which the loader was made from, and the auxiliaries `fresh`."""
+        for part in self.checkpointer.load(checkpoint, self.model, self.optimizer, fresh):
             self.window.load_state(part["window"])
             self._losses.load_state(part["losses"])
         self.progress = Progress(**checkpoint.meta["progress"])
