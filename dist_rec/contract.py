@@ -54,6 +54,7 @@ class StepOutput(NamedTuple):
 
     predictions: (B, T) logits, float32. labels: (B, T). weights: (B,), 0 for padding rows. groups: name -> (B,).
     losses: name -> scalar, the weighted terms whose sum was minimised on this rank.
+    compared: (B, R) float32, the representations that the metrics compare, side by side; None in training.
     """
 
     predictions: Tensor
@@ -61,6 +62,7 @@ class StepOutput(NamedTuple):
     weights: Tensor
     groups: dict[str, Tensor]
     losses: dict[str, Tensor]
+    compared: Tensor | None = None
 
 
 class Arch(Protocol):
@@ -76,10 +78,15 @@ Encode = Callable[[str], Tensor]
 """view name -> (B, dim): the arch's encoding of a view, for archs that serve views."""
 
 
+AUXILIARIES = "dense.auxiliaries."
+"""How the names of an auxiliary's parameters begin in a model and in its checkpoints; the auxiliary's name follows."""
+
+
 class LossTerms(Protocol):
     """An objective or an auxiliary: an `nn.Module` that returns named, already weighted terms and never calls backward.
 
-    A term is this rank's share such that the mean over ranks is the global value: DDP averages gradients.
+    A term is this rank's share such that the mean over ranks is the global value: DDP averages gradients. One that
+    works on the arch's own parameters (gradient surgery) has a method `bind(arch)`, called once before training.
     """
 
     def __call__(self, output: ArchOutput, batch: Batch, encode: Encode) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ Overrides:
                                    probability_<label> (of binary labels), label_<label>, weight, and a column per group
                                    of the schema
   data.test=PATH                   evaluate other files
+  metrics.information_abundance=true metrics.correlation=[expert_*]   diagnose tables and representations too
 
 On several ranks:  torchrun --nproc-per-node 2 -m dist_rec.evaluate CONFIG [key=value ...]
 """
@@ -47,13 +48,18 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     split, folder = config.evaluate.split, Path(config.run.dir)
     trained = restore(config, runtime)
     groups = list(config.schema.groups) if config.evaluate.predictions else None
-    found = evaluate(trained.model, trained.data.once(split), config.schema, config.metrics, runtime, groups)
+    loader = trained.data.once(split)
+    found = evaluate(trained.model, loader, config.schema, config.metrics, runtime, groups, trained.diagnostics)
     step, path = trained.checkpoint.step, trained.checkpoint.path
     result = {"step": step, "split": split, "metrics": found.metrics, "data_policies": found.policies}
+    if found.diagnostics:
+        result["diagnostics"] = found.diagnostics
     if found.rows is not None:
         (folder / f"evaluation-{split}.json").write_text(to_json(result, indent=1))
         print(f"step {step}, {path}")
         print(format_table({split: found.metrics}))
+        if found.diagnostics:
+            print("\n".join(f"{name}  {value:.5f}" for name, value in found.diagnostics.items()))
         if found.policies:
             print(describe_policies(found.policies))
         if config.evaluate.predictions:

@@ -6,24 +6,28 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from dist_rec.config import RunConfig, load
 from dist_rec.data import synthetic
-from dist_rec.data.footers import DataError, FileFooter, check_columns, read_footers
+from dist_rec.data.footers import DataError, FileFooter, check_columns, fingerprint, read_footers
 from dist_rec.data.loader import Loader
+from dist_rec.data.scan import scan_groups
 from dist_rec.embeddings.sharding import PlanError
 from dist_rec.recommender import distribute
 from dist_rec.serving.tensor_file import TensorFileError
 from dist_rec.settings import Complaint, ConfigError
 from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError
-from dist_rec.training.runtime import Runtime, rank_from_environment
+from dist_rec.training.evaluation import Diagnostics
+from dist_rec.training.runtime import Runtime, check_writable, rank_from_environment
 from dist_rec.training.trainer import TrainingStopped
 
 log = logging.getLogger(__name__)
@@ -96,6 +100,15 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
     return load(arguments[0], arguments[1:])
 
 
+def check_output(path: str, suffix: str) -> Iterator[Complaint]:
+    """Complaints about the option `output`, a file to be written, before anything is computed for it."""
+    file = Path(path)
+    if file.is_dir() or file.suffix != suffix:
+        yield Complaint("output", f"is '{path}'; name a file that ends with {suffix}")
+    else:
+        yield from check_writable(file.parent, "output")
+
+
 _LEFT_ALONE = ("Connection closed by peer", "Connection reset by peer")
 """How gloo says that the process at the other end is gone."""
 
@@ -151,6 +164,15 @@ class JobData:
         """One pass over a split that the config has, in file order."""
         return self._loader(name)
 
+    def scan(self, name: str, groups: Sequence[str]) -> Iterator[dict[str, NDArray[np.int64]]]:
+        """This rank's share of a split's rows, some groups of the schema alone; see `data.scan`."""
+        footers, runtime = self._footers[name], self._runtime
+        return scan_groups(footers, self._config.schema, groups, runtime.rank, runtime.world_size)
+
+    def fingerprint(self, name: str) -> dict[str, int | str]:
+        """What tells a split's files from others; see `footers.fingerprint`."""
+        return fingerprint(self._footers[name])
+
     def _loader(self, split: str, cursor: dict[str, Any] | None = None, one_pass: bool = True) -> Loader:
         data, train = self._config.data, not one_pass
         return Loader(
@@ -174,6 +196,7 @@ class Trained(NamedTuple):
     checkpoint: Checkpoint
     model: DistributedModelParallel
     data: JobData
+    diagnostics: Diagnostics
 
 
 def restore(config: RunConfig, runtime: Runtime) -> Trained:
@@ -191,9 +214,9 @@ def restore(config: RunConfig, runtime: Runtime) -> Trained:
     checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", config.checkpoint, runtime)
     checkpoint = checkpointer.trained(config.evaluate.step)
     data = JobData(config, runtime, splits=(split,))
-    model = distribute(config, runtime).model
-    checkpointer.load(checkpoint, model, None)
-    return Trained(checkpoint, model, data)
+    parts = distribute(config, runtime)
+    checkpointer.load(checkpoint, parts.model, None)
+    return Trained(checkpoint, parts.model, data, parts.diagnostics)
 
 
 def _read_splits(config: RunConfig, splits: Sequence[str], world_size: int) -> dict[str, list[FileFooter]]:

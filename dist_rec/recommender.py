@@ -16,8 +16,11 @@ from dist_rec.config import RunConfig
 from dist_rec.contract import ArchOutput, StepOutput
 from dist_rec.data.batch import Batch
 from dist_rec.embeddings import sharding
+from dist_rec.embeddings.abundance import information_abundance
 from dist_rec.embeddings.stage import EmbeddingStage
 from dist_rec.embeddings.tables import Table, make_tables
+from dist_rec.metrics.representations import chosen
+from dist_rec.training.evaluation import Diagnostics
 from dist_rec.training.optim import StepOptimizer, fuse_table_optimizer
 from dist_rec.training.runtime import Runtime
 
@@ -26,14 +29,28 @@ class DensePart(nn.Module):
     """Arch, objective and auxiliaries: everything that is data-parallel. A model that only serves has no objective.
 
     TorchRec traces only modules that contain a sharded one, so what is below this module may be ordinary Python.
+
+    Args:
+        compared: representations of the arch, name -> columns, that each step of an evaluation leaves.
     """
 
-    def __init__(self, arch: nn.Module, objective: nn.Module, auxiliaries: Mapping[str, nn.Module], precision: str):
+    def __init__(
+        self,
+        arch: nn.Module,
+        objective: nn.Module,
+        auxiliaries: Mapping[str, nn.Module],
+        precision: str,
+        compared: Mapping[str, int],
+    ):
         super().__init__()
         self.arch: Any = arch
         self.objective: Any = objective
         self.auxiliaries = nn.ModuleDict(auxiliaries)
         self._precision = precision
+        self.compared = dict(compared)
+        for part in (objective, *auxiliaries.values()):
+            if callable(bind := getattr(part, "bind", None)):
+                bind(arch)
 
     def score(self, batch: Batch, tables: dict[str, Tensor]) -> ArchOutput:
         """tables: set name -> (B, F, D). What the arch makes of them; predictions (B, T) in float32."""
@@ -58,8 +75,12 @@ class DensePart(nn.Module):
             weights=batch.weights,
             groups=batch.groups,
             losses={name: term.detach() for name, term in terms.items()},
+            compared=None if self.training or not self.compared else self._side_by_side(output),
         )
         return torch.stack(list(terms.values())).sum(), left
+
+    def _side_by_side(self, output: ArchOutput) -> Tensor:
+        return torch.cat([output.representations[name].detach().float() for name in self.compared], dim=1)
 
 
 class Recommender(nn.Module):
@@ -101,7 +122,8 @@ def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, l
     objective = config.objective.build(schema, arch.representation_dims)
     with torch.random.fork_rng(devices=[]):
         extra = {name: c.build(schema, arch.representation_dims) for name, c in config.auxiliary.items()}
-    return Recommender(stage, DensePart(arch, objective, extra, config.train.precision)), tables
+    compared = chosen(config.metrics.correlation, arch.representation_dims)
+    return Recommender(stage, DensePart(arch, objective, extra, config.train.precision, compared)), tables
 
 
 def plain(config: RunConfig) -> RunConfig:
@@ -124,12 +146,17 @@ def served(config: RunConfig) -> Recommender:
 
 @dataclass(frozen=True)
 class Distributed:
-    """A model spread over the ranks, ready to train."""
+    """A model spread over the ranks, ready to train.
+
+    Attributes:
+        diagnostics: what there is to say of it at an evaluation.
+    """
 
     model: DistributedModelParallel
     optimizer: StepOptimizer
     tables: list[Table]
     plan: ShardingPlan
+    diagnostics: Diagnostics
 
 
 def distribute(config: RunConfig, runtime: Runtime, saved: Mapping[str, str] | None = None) -> Distributed:
@@ -138,6 +165,7 @@ def distribute(config: RunConfig, runtime: Runtime, saved: Mapping[str, str] | N
     saved: table name -> sharding type of the checkpoint that will be loaded into it.
     """
     model, tables = build(config)
+    compared = model.dense.compared
     fuse_table_optimizer(model.embeddings.collection.parameters(), config.optim.tables)
     plan = plan_tables(
         config,
@@ -162,7 +190,12 @@ def distribute(config: RunConfig, runtime: Runtime, saved: Mapping[str, str] | N
     )
     # from here on random numbers (dropout) are the rank's own
     torch.manual_seed(config.run.seed + 1 + runtime.rank)
-    return Distributed(sharded, StepOptimizer(sharded, config.optim), tables, plan)
+
+    def of_tables() -> dict[str, float]:
+        asked = config.metrics.information_abundance
+        return information_abundance(sharded.state_dict(), tables, runtime.control) if asked else {}
+
+    return Distributed(sharded, StepOptimizer(sharded, config.optim), tables, plan, Diagnostics(compared, of_tables))
 
 
 def plan_tables(

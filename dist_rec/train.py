@@ -20,6 +20,7 @@ from dist_rec.training.evaluation import Evaluation, evaluate
 from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime, process
 from dist_rec.training.trainer import Trainer
+from dist_rec.training.weights import WeightRecorder
 
 USAGE = """usage: dist-rec train CONFIG [key=value ...]
 
@@ -63,8 +64,9 @@ class _Training:
             )
         self.data = JobData(config, runtime)
         saved, cursor = None, None
+        self.renewed: list[str] = []
         if self.checkpoint is not None:
-            check_compatible(self.checkpoint.meta["config"], to_mapping(config))
+            self.renewed = check_compatible(self.checkpoint.meta["config"], to_mapping(config))
             saved, cursor = self.checkpoint.meta["plan"], self.checkpoint.meta["cursor"]
         self.parts = distribute(config, runtime, saved)
         if saved is not None:
@@ -92,7 +94,7 @@ class _Training:
         try:
             trainer = self._trainer(reporter, total_steps)
             if self.checkpoint is not None:
-                trainer.resume(self.checkpoint)
+                trainer.resume(self.checkpoint, self.renewed)
             if is_main:  # not before: a resume that is refused must leave the folder as it describes its checkpoints
                 self._write_folder(reporter)
             if self.checkpoint is not None:
@@ -102,6 +104,8 @@ class _Training:
                     f"continuing after step {self.checkpoint.step} from {self.checkpoint.path}, "
                     f"written by {self.checkpoint.meta['world_size']} rank(s)"
                 )
+                for name in self.renewed:
+                    reporter.line(f"auxiliary {name}: {'starts anew' if name in config.auxiliary else 'dropped'}")
                 if p.step >= total_steps:
                     end = f"nothing to train: train.steps and train.epochs end at step {total_steps}"
                     reporter.line(f"{end}; raise them to go on, or choose another run.dir to start anew")
@@ -145,7 +149,9 @@ class _Training:
             schema=config.schema,
             config=config.train,
             metrics=config.metrics,
+            diagnostics=self.parts.diagnostics,
             reporter=reporter,
+            weights=WeightRecorder(self.parts.model, config.report.weights),
             checkpointer=self.checkpointer,
             runtime=self.runtime,
             total_steps=total_steps,
@@ -160,9 +166,12 @@ class _Training:
         found = {"validation": validation} if validation is not None else {}
         test = self.data.split("test")
         if test is not None:
-            config = self.config
-            found["test"] = evaluate(self.parts.model, test(), config.schema, config.metrics, self.runtime)
-            reporter.evaluation(trainer.progress.step, trainer.progress.examples, "test", found["test"].metrics)
+            config, parts = self.config, self.parts
+            found["test"] = tested = evaluate(
+                parts.model, test(), config.schema, config.metrics, self.runtime, diagnostics=parts.diagnostics
+            )
+            p = trainer.progress
+            reporter.evaluation(p.step, p.examples, "test", tested.metrics, tested.diagnostics)
         for split, result in found.items():
             metrics[split], policies[split] = result.metrics, result.policies
         for split, counts in policies.items():
@@ -183,6 +192,8 @@ class _Training:
             "data_policies": policies,
             "versions": versions.installed(),
         }
+        if any(result.diagnostics for result in found.values()):
+            summary["diagnostics"] = {split: result.diagnostics for split, result in found.items()}
         reporter.finish(summary)
         return summary
 

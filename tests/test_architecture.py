@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 COMPONENTS = {"models", "objectives", "auxiliary"}
 """Rooms with one component per file or folder, found by its name: deleting a method is deleting its files."""
 
-ENTRIES = {"train", "evaluate", "plan", "init", "export", "predict", "cli", "job"}
+ENTRIES = {"train", "evaluate", "plan", "init", "prepare", "cohorts", "report", "export", "predict", "cli", "job"}
 """Modules a user starts, and what those share (job)."""
 
 MAY_IMPORT = {
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "objectives": {"contract", "data", "nn", "settings"},
     "auxiliary": {"contract", "data", "nn", "settings"},
     "metrics": {"contract", "data", "settings"},
+    "reporting": {"data", "metrics", "settings"},
     "training": {"contract", "data", "metrics", "settings"},
     "serving": {"contract", "data", "embeddings", "settings", "training"},
 }

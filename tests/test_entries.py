@@ -176,7 +176,9 @@ def test_help_of_the_command_and_of_each_verb(capsys):
     assert end.value.code == 2
 
 
-@pytest.mark.parametrize(("verb", "hint"), [("trian", "did you mean 'train'?"), ("xyz", "verbs: init, train, eval")])
+@pytest.mark.parametrize(
+    ("verb", "hint"), [("trian", "did you mean 'train'?"), ("xyz", "verbs: init, prepare, train, eval")]
+)
 def test_an_unknown_verb_is_named(verb, hint):
     with pytest.raises(SystemExit) as end:
         cli.main([verb, "config.yaml"])

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from dist_rec.data.batch import Batch
 from dist_rec.data.blocks import BatchBuilder
-from dist_rec.data.footers import DataError, FileFooter, fingerprint, is_list, open_file
+from dist_rec.data.footers import FileFooter, fingerprint, is_list, open_file
 from dist_rec.data.ids import PolicyCounts
 from dist_rec.data.parquet import DECODED_VALUES, Columns, Place, convert, decode, id_dtype, is_fixed
 from dist_rec.data.read_ahead import Channel, Closed, DaemonPool, RowGroupCache, yield_to_training
@@ -323,19 +323,8 @@ class _Reader:
 
     def _decode(self, group: int) -> pa.Table:
         here = self._groups[group]
-        try:
-            table = decode(self._open(here.path), here.index, self._schema, at_once=_is_remote(here.path))
-        except (pa.ArrowException, OSError, IndexError) as error:
-            raise DataError(
-                f"{here.path}: row group {here.index} cannot be read ({' '.join(str(error).split())}); if the storage "
-                "is well, the file is damaged: write it again or remove it"
-            ) from error
-        if table.num_rows != here.rows:
-            raise DataError(
-                f"{here.path}: row group {here.index} has {table.num_rows} rows, had {here.rows} when the run began; "
-                "do not change data files under a running job"
-            )
-        return table
+        file = self._open(here.path)
+        return decode(file, here.path, here.index, here.rows, self._schema, at_once=_is_remote(here.path))
 
     def _open(self, path: str) -> pq.ParquetFile:
         # one open file per thread: readers of one file are not safe to share, and row groups come file by file

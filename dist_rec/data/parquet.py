@@ -80,18 +80,34 @@ class Columns:
         )
 
 
-def decode(file: pq.ParquetFile, row_group: int, schema: Schema, at_once: bool = False) -> pa.Table:
+def decode(
+    file: pq.ParquetFile, path: str, row_group: int, rows: int, schema: Schema, at_once: bool = False
+) -> pa.Table:
     """The schema's columns of one row group, on the calling thread.
 
     pyarrow keeps the pages of all columns of a call until its end, which takes twice the memory of the result. A large
     row group is therefore read by few columns at a time, unless `at_once`: on an object store each call has to wait.
+
+    path: of the file. rows: of the row group, as the footers said.
+    Raises DataError if it cannot be read or has another number of rows by now.
     """
-    names, rows = schema.columns(), file.metadata.row_group(row_group).num_rows
+    names = schema.columns()
     step = len(names) if at_once else max(DECODED_VALUES // max(rows, 1), 1)
     parts = [names[i : i + step] for i in range(0, len(names), step)]
-    tables = [file.read_row_group(row_group, columns=part, use_threads=False) for part in parts]
-    columns = {name: table.column(name) for table, part in zip(tables, parts, strict=True) for name in part}
-    return pa.table(columns)
+    try:
+        tables = [file.read_row_group(row_group, columns=part, use_threads=False) for part in parts]
+    except (pa.ArrowException, OSError, IndexError) as error:
+        raise DataError(
+            f"{path}: row group {row_group} cannot be read ({' '.join(str(error).split())}); if the storage is well, "
+            "the file is damaged: write it again or remove it"
+        ) from error
+    found = tables[0].num_rows
+    if found != rows:
+        raise DataError(
+            f"{path}: row group {row_group} has {found} rows, had {rows} when the run began; do not change data files "
+            "under a running job"
+        )
+    return pa.table({name: table.column(name) for table, part in zip(tables, parts, strict=True) for name in part})
 
 
 def convert(table: pa.Table, schema: Schema, into: Columns, at: int, counts: PolicyCounts, place: Place) -> None:

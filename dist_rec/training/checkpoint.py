@@ -16,8 +16,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from dist_rec.contract import AUXILIARIES
 from dist_rec.settings import Complaint
 from dist_rec.training.optim import StepOptimizer
 from dist_rec.training.runtime import Runtime
@@ -46,6 +47,9 @@ class CheckpointConfig:
     # auto: go on from the newest complete checkpoint in the run folder, if there is one. never: a run folder that has
     # checkpoints is refused, so that nothing is overwritten by accident.
     resume: Literal["auto", "never"] = "auto"
+    # auxiliaries that may differ from those of the checkpoint that is continued. One that does, or that is new, starts
+    # anew; one that the config has no more is dropped. Without its name here a difference stops the run
+    renew: list[str] = field(default_factory=list)
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about the section's own settings."""
@@ -238,8 +242,18 @@ class Checkpointer:
             if path != best:
                 shutil.rmtree(path)
 
-    def load(self, checkpoint: Checkpoint, model: DistributedModelParallel, optimizer: StepOptimizer | None) -> list:
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        model: DistributedModelParallel,
+        optimizer: StepOptimizer | None,
+        fresh: Sequence[str] = (),
+    ) -> list:
         """Loads weights and, if given, optimiser state; on another world size or plan the tables are resharded.
+
+        Args:
+            fresh: auxiliaries that stay as they were built, whatever the checkpoint has of them. Without an optimiser
+                these are all of them: what evaluates does not need them.
 
         Returns:
             Nothing without an optimiser, else what the ranks of the saving run passed as `own`, as far as it falls to
@@ -249,16 +263,20 @@ class Checkpointer:
         Raises:
             CheckpointError: the model differs, or the optimiser state of a table cannot follow a change of sharding.
         """
+        prefixes = (AUXILIARIES,) if optimizer is None else tuple(f"{AUXILIARIES}{name}." for name in fresh)
+        built = {n: value.detach().clone() for n, value in model.state_dict().items() if n.startswith(prefixes)}
         if optimizer is not None:
             optimizer.prepare_load()
         state = _state(model, optimizer)
+        wanted = {part: {n: v for n, v in of.items() if not n.startswith(prefixes)} for part, of in state.items()}
         try:
-            dcp.load(state, checkpoint_id=checkpoint.path, process_group=self._runtime.control)
+            dcp.load(wanted, checkpoint_id=checkpoint.path, process_group=self._runtime.control)
         except CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
             raise CheckpointError(f"checkpoint {checkpoint.path} does not fit this model: {reason}") from error
-        model.load_state_dict(state["model"])
+        model.load_state_dict({**state["model"], **built})
         if optimizer is not None:
+            optimizer.forget(list(built))
             optimizer.finish_load(checkpoint.step)
         return self._load_own(checkpoint) if optimizer is not None else []
 

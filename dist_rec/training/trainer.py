@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,10 +23,11 @@ from dist_rec.metrics.compute import MetricsConfig, compute, direction
 from dist_rec.metrics.rows import RowStore
 from dist_rec.settings import Complaint
 from dist_rec.training.checkpoint import Checkpoint, Checkpointer
-from dist_rec.training.evaluation import Evaluation, evaluate
+from dist_rec.training.evaluation import Diagnostics, Evaluation, evaluate
 from dist_rec.training.optim import NonFiniteGradient, StepOptimizer
 from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime
+from dist_rec.training.weights import WeightRecorder
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +159,7 @@ class Trainer:
     Attributes:
         loader: the training batches, from the position the run resumes at.
         validation: makes a fresh loader over the validation set, or None.
+        diagnostics: what an evaluation says besides the metrics.
         started: `time.perf_counter()` when this process began its work.
         facts: JSON-able facts that every checkpoint carries (config, plan, versions).
     """
@@ -169,7 +171,9 @@ class Trainer:
     schema: Schema
     config: TrainConfig
     metrics: MetricsConfig
+    diagnostics: Diagnostics
     reporter: Reporter
+    weights: WeightRecorder
     checkpointer: Checkpointer
     runtime: Runtime
     total_steps: int
@@ -192,9 +196,9 @@ class Trainer:
         self._saved_step: int | None = None
         self._evaluated: tuple[int, Evaluation] | None = None
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Loads everything but the data position, which the loader was made from."""
-        for part in self.checkpointer.load(checkpoint, self.model, self.optimizer):
+    def resume(self, checkpoint: Checkpoint, fresh: Sequence[str] = ()) -> None:
+        """Loads everything but the data position, which the loader was made from, and the auxiliaries `fresh`."""
+        for part in self.checkpointer.load(checkpoint, self.model, self.optimizer, fresh):
             self.window.load_state(part["window"])
             self._losses.load_state(part["losses"])
         self.progress = Progress(**checkpoint.meta["progress"])
@@ -218,6 +222,8 @@ class Trainer:
     def run_to(self, step: int) -> None:
         """Trains until `step` steps are done, or until early stopping says that it is enough."""
         self.model.train()
+        if self.progress.step == 0:
+            self._record_weights()
         self._batches = self._batches or iter(self.loader)
         started, waited = time.perf_counter(), self.loader.wait_seconds
         while self.progress.step < step and not self._should_stop():
@@ -250,6 +256,7 @@ class Trainer:
         step, last = self.progress.step, self.progress.step == self.total_steps
         if step % self.report_every == 0 or last:
             self._report()
+        self._record_weights()
         every, improved = self.config.eval_every, False
         if self.validation is not None and (last or (every is not None and step % every == 0)):
             improved = self._judge(self._validate())
@@ -266,15 +273,26 @@ class Trainer:
         metrics |= self._losses.take(self.runtime)
         self.reporter.train(p.step, p.examples, metrics, seconds=p.seconds, wait_seconds=p.wait_seconds)
 
+    def _record_weights(self, *, last: bool = False) -> None:
+        step = self.progress.step
+        if self.runtime.is_main and self.weights.due(step, last):
+            self.reporter.weights(step, self.measured().examples, self.weights.measure(step))
+
     def _validate(self) -> Evaluation:
-        assert self.validation is not None
         if self._evaluated is not None and self._evaluated[0] == self.progress.step:
             return self._evaluated[1]
         self.pipeline.detach()  # batches in flight stay in the pipeline and are trained on afterwards
-        result = evaluate(self.model, self.validation(), self.schema, self.metrics, self.runtime)
+        result = self._evaluate()
         self._evaluated = (self.progress.step, result)
-        self.reporter.evaluation(self.progress.step, self.measured().examples, "validation", result.metrics)
+        p = self.measured()
+        self.reporter.evaluation(p.step, p.examples, "validation", result.metrics, result.diagnostics)
         return result
+
+    def _evaluate(self) -> Evaluation:
+        assert self.validation is not None
+        return evaluate(
+            self.model, self.validation(), self.schema, self.metrics, self.runtime, diagnostics=self.diagnostics
+        )
 
     def _judge(self, result: Evaluation) -> bool:
         """Whether this is the best evaluation so far by the rule of early stopping."""
@@ -296,13 +314,14 @@ class Trainer:
         return rule is not None and self.progress.evaluations_since_best >= rule.patience
 
     def _finish(self) -> Evaluation | None:
+        self._record_weights(last=True)
         result = self._validate() if self.validation is not None else None
         self._save()
         best = self.progress.best_step
         if self.validation is not None and best is not None and best != self.progress.step:
             log.info("restoring the best weights, of step %d", best)
             self.checkpointer.load(self.checkpointer.at(best), self.model, None)
-            result = evaluate(self.model, self.validation(), self.schema, self.metrics, self.runtime)
+            result = self._evaluate()
         return result
 
     def measured(self) -> Progress:
