@@ -14,6 +14,7 @@ _FIXED = (
     "embeddings.layout",
     "embeddings.inner_dim",
     "embeddings.factor_above",
+    "embeddings.train_projection",
     "embeddings.tables",
     "objective.name",
     "objective.cohorts",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from dist_rec.contract import StepOutput
 from dist_rec.data.loader import Loader
 from dist_rec.data.schema import Schema
 from dist_rec.metrics.compute import MetricsConfig, compute
+from dist_rec.metrics.representations import Moments, describe
 from dist_rec.metrics.rows import Rows, RowStore
 from dist_rec.training.runtime import Runtime
 
@@ -27,17 +28,32 @@ class EvaluateConfig:
     predictions: str | None = None  # write the rows (logits, labels, weight, groups) to this Parquet file
 
 
+@dataclass(frozen=True)
+class Diagnostics:
+    """What an evaluation says of a model besides its metrics.
+
+    Attributes:
+        compared: the representations that a step keeps, name -> columns, in their order there.
+        tables: collective; name -> value.
+    """
+
+    compared: Mapping[str, int] = field(default_factory=dict)
+    tables: Callable[[], dict[str, float]] = dict
+
+
 class Evaluation(NamedTuple):
     """What one pass over a split gives.
 
     Attributes:
         metrics: the same on every rank. rows: what they were computed from, see `collect`.
         policies: what the schema's policies did to values of the split, over all ranks (see `data.ids.PolicyCounts`).
+        diagnostics: the same on every rank; empty if none were asked for.
     """
 
     metrics: dict[str, float]
     rows: Rows | None
     policies: dict[str, int]
+    diagnostics: dict[str, float]
 
 
 def predict(model: DistributedModelParallel, loader: Loader, runtime: Runtime) -> Iterator[StepOutput]:
@@ -63,15 +79,25 @@ def predict(model: DistributedModelParallel, loader: Loader, runtime: Runtime) -
 
 
 def collect(
-    model: DistributedModelParallel, loader: Loader, num_labels: int, groups: Sequence[str], runtime: Runtime
+    model: DistributedModelParallel,
+    loader: Loader,
+    num_labels: int,
+    groups: Sequence[str],
+    runtime: Runtime,
+    note: Callable[[StepOutput], None] | None = None,
 ) -> Rows | None:
     """All rows of one pass over `loader` with their predictions, on rank 0; see `predict`. Collective.
 
     They are in the order of the loader: without shuffle that of the files, on any number of ranks.
+
+    Args:
+        note: is shown every batch's output on the way.
     """
     store = RowStore(num_labels=num_labels, groups=groups)
     for output in predict(model, loader, runtime):
         store.append(output)
+        if note is not None:
+            note(output)
     return store.merged(runtime.control)
 
 
@@ -82,12 +108,24 @@ def evaluate(
     config: MetricsConfig,
     runtime: Runtime,
     groups: Sequence[str] | None = None,
+    diagnostics: Diagnostics = Diagnostics(),
 ) -> Evaluation:
     """Evaluates one pass over `loader`; see `collect`. Collective.
 
     Args:
         groups: the groups to keep with the rows; by default those that the metrics need.
+        diagnostics: what else to say of the model.
     """
-    rows = collect(model, loader, len(schema.labels), config.groups if groups is None else groups, runtime)
+    moments = Moments()
+
+    def note(output: StepOutput) -> None:
+        if output.compared is not None:
+            moments.add(output.compared, output.weights)
+
+    kept = config.groups if groups is None else groups
+    rows = collect(model, loader, len(schema.labels), kept, runtime, note)
     metrics = compute(rows, schema, config) if rows is not None else None
-    return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts))
+    found = diagnostics.tables()
+    if diagnostics.compared:
+        found |= describe(moments.correlation(runtime.control), diagnostics.compared)
+    return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts), found)
