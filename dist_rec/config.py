@@ -6,6 +6,7 @@ Each component checks its own part; this file gathers the complaints and reports
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from dist_rec.embeddings.sharding import ShardingConfig, check_columns, check_ke
 from dist_rec.embeddings.tables import EmbeddingsConfig, make_tables
 from dist_rec.metrics.compute import MetricsConfig
 from dist_rec.metrics.compute import names as metric_names
+from dist_rec.serving.collapse import ExportConfig
 from dist_rec.settings import COMPONENT, Choice, Complaint, ConfigError, gather, parse
 from dist_rec.training.checkpoint import CheckpointConfig
 from dist_rec.training.evaluation import EvaluateConfig
@@ -63,6 +65,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
@@ -136,9 +139,21 @@ def read(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return values  # type: ignore[return-value]
 
 
+def overrides_mapping(overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested mapping of `key=value` texts, not yet typed."""
+    values = OmegaConf.to_container(_read_overrides(overrides), resolve=True)
+    assert isinstance(values, dict)
+    return values  # type: ignore[return-value]
+
+
 def _read_file(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     if path.resolve() in seen:
         raise ConfigError([Complaint("base", f"of {path} leads back to itself; remove the circle")])
+    if not path.is_file() and seen:
+        text = (
+            f"does not exist, and {seen[-1]} builds on it; make it first (that file's header says how), or correct base"
+        )
+        raise ConfigError([Complaint(os.path.normpath(path), text)])
     if not path.is_file():
         known = sorted(str(p) for p in Path("configs").rglob("*.yaml"))
         raise ConfigError(

@@ -54,6 +54,7 @@ class StepOutput(NamedTuple):
 
     predictions: (B, T) logits, float32. labels: (B, T). weights: (B,), 0 for padding rows. groups: name -> (B,).
     losses: name -> scalar, the weighted terms whose sum was minimised on this rank.
+    compared: (B, R) float32, the representations that the metrics compare, side by side; None in training.
     """
 
     predictions: Tensor
@@ -61,6 +62,7 @@ class StepOutput(NamedTuple):
     weights: Tensor
     groups: dict[str, Tensor]
     losses: dict[str, Tensor]
+    compared: Tensor | None = None
 
 
 class Arch(Protocol):

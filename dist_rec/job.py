@@ -20,14 +20,16 @@ from dist_rec.data.footers import DataError, FileFooter, check_columns, read_foo
 from dist_rec.data.loader import Loader
 from dist_rec.embeddings.sharding import PlanError
 from dist_rec.recommender import distribute
+from dist_rec.serving.tensor_file import TensorFileError
 from dist_rec.settings import Complaint, ConfigError
 from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError
+from dist_rec.training.evaluation import Diagnostics
 from dist_rec.training.runtime import Runtime, rank_from_environment
 from dist_rec.training.trainer import TrainingStopped
 
 log = logging.getLogger(__name__)
 
-USER_ERRORS = (ConfigError, DataError, PlanError, CheckpointError, TrainingStopped)
+USER_ERRORS = (ConfigError, DataError, PlanError, CheckpointError, TensorFileError, TrainingStopped)
 """Errors whose message is all a user needs; they end the process without a traceback."""
 
 
@@ -173,6 +175,7 @@ class Trained(NamedTuple):
     checkpoint: Checkpoint
     model: DistributedModelParallel
     data: JobData
+    diagnostics: Diagnostics
 
 
 def restore(config: RunConfig, runtime: Runtime) -> Trained:
@@ -190,9 +193,9 @@ def restore(config: RunConfig, runtime: Runtime) -> Trained:
     checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", config.checkpoint, runtime)
     checkpoint = checkpointer.trained(config.evaluate.step)
     data = JobData(config, runtime, splits=(split,))
-    model = distribute(config, runtime).model
-    checkpointer.load(checkpoint, model, None)
-    return Trained(checkpoint, model, data)
+    parts = distribute(config, runtime)
+    checkpointer.load(checkpoint, parts.model, None)
+    return Trained(checkpoint, parts.model, data, parts.diagnostics)
 
 
 def _read_splits(config: RunConfig, splits: Sequence[str], world_size: int) -> dict[str, list[FileFooter]]:

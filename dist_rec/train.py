@@ -145,6 +145,7 @@ class _Training:
             schema=config.schema,
             config=config.train,
             metrics=config.metrics,
+            diagnostics=self.parts.diagnostics,
             reporter=reporter,
             checkpointer=self.checkpointer,
             runtime=self.runtime,
@@ -160,9 +161,12 @@ class _Training:
         found = {"validation": validation} if validation is not None else {}
         test = self.data.split("test")
         if test is not None:
-            config = self.config
-            found["test"] = evaluate(self.parts.model, test(), config.schema, config.metrics, self.runtime)
-            reporter.evaluation(trainer.progress.step, trainer.progress.examples, "test", found["test"].metrics)
+            config, parts = self.config, self.parts
+            found["test"] = tested = evaluate(
+                parts.model, test(), config.schema, config.metrics, self.runtime, diagnostics=parts.diagnostics
+            )
+            p = trainer.progress
+            reporter.evaluation(p.step, p.examples, "test", tested.metrics, tested.diagnostics)
         for split, result in found.items():
             metrics[split], policies[split] = result.metrics, result.policies
         for split, counts in policies.items():
@@ -183,6 +187,8 @@ class _Training:
             "data_policies": policies,
             "versions": versions.installed(),
         }
+        if any(result.diagnostics for result in found.values()):
+            summary["diagnostics"] = {split: result.diagnostics for split, result in found.items()}
         reporter.finish(summary)
         return summary
 

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +93,27 @@ def find(folder: Path) -> list[Checkpoint]:
     return found
 
 
+def trained(folder: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint that stands for the run: of step `step`, or else the best by early stopping, or the newest.
+
+    Raises:
+        CheckpointError: it does not exist or is not complete.
+    """
+    found = find(folder)
+    if not found:
+        raise CheckpointError(f"{folder} has no complete checkpoint; train first, or correct run.dir")
+    wanted = step if step is not None else found[-1].meta["progress"]["best_step"]
+    return found[-1] if wanted is None else at(folder, wanted)
+
+
+def at(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of step `step`; CheckpointError if it is not complete."""
+    found = _read(folder / _name(step))
+    if not isinstance(found, Checkpoint):
+        raise CheckpointError(f"checkpoint {folder / _name(step)} cannot be used: {found}")
+    return found
+
+
 def _read(path: Path) -> Checkpoint | str:
     try:
         meta = json.loads((path / "meta.json").read_text())
@@ -131,36 +152,27 @@ class Checkpointer:
 
     def latest(self) -> Checkpoint | None:
         """The newest complete checkpoint, as rank 0 sees it; CheckpointError on every rank if all are damaged."""
-        answer: Checkpoint | CheckpointError | None = None
+        return self._seen_by_rank_0(lambda: next(reversed(find(self.folder)), None))
+
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of step `step`; raises CheckpointError if it is not complete."""
+        return self._seen_by_rank_0(lambda: at(self.folder, step))
+
+    def trained(self, step: int | None = None) -> Checkpoint:
+        """The checkpoint that stands for the run, see the function `trained`."""
+        return self._seen_by_rank_0(lambda: trained(self.folder, step))
+
+    def _seen_by_rank_0(self, look: Callable[[], Any]) -> Any:
+        answer: Any = None
         if self._runtime.is_main:
             try:
-                found = find(self.folder)
-                answer = found[-1] if found else None
+                answer = look()
             except CheckpointError as error:
                 answer = error
         answer = self._runtime.broadcast(answer)
         if isinstance(answer, CheckpointError):
             raise answer
         return answer
-
-    def at(self, step: int) -> Checkpoint:
-        """The checkpoint of step `step`; raises CheckpointError if it is not complete."""
-        found = _read(self.folder / _name(step)) if self._runtime.is_main else None
-        found = self._runtime.broadcast(found)
-        if not isinstance(found, Checkpoint):
-            raise CheckpointError(f"checkpoint {self.folder / _name(step)} cannot be used: {found}")
-        return found
-
-    def trained(self, step: int | None = None) -> Checkpoint:
-        """The checkpoint that stands for the run: of step `step`, or else the best by early stopping, or the newest.
-
-        Raises CheckpointError if there is none.
-        """
-        newest = self.latest()
-        if newest is None:
-            raise CheckpointError(f"{self.folder} has no complete checkpoint; train first, or correct run.dir")
-        wanted = step if step is not None else newest.meta["progress"]["best_step"]
-        return newest if wanted is None else self.at(wanted)
 
     def save(
         self,

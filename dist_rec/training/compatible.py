@@ -15,6 +15,7 @@ _FIXED = (
     "embeddings.layout",
     "embeddings.inner_dim",
     "embeddings.factor_above",
+    "embeddings.train_projection",
     "embeddings.tables",
     "optim.tables.name",
     "optim.dense.name",

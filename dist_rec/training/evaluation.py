@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from dist_rec.contract import StepOutput
 from dist_rec.data.loader import Loader
 from dist_rec.data.schema import Schema
 from dist_rec.metrics.compute import MetricsConfig, compute
+from dist_rec.metrics.representations import Moments, describe
 from dist_rec.metrics.rows import Rows, RowStore
 from dist_rec.training.runtime import Runtime
 
@@ -27,6 +28,19 @@ class EvaluateConfig:
     predictions: str | None = None  # write the rows (logits, labels, weight, groups) to this Parquet file
 
 
+@dataclass(frozen=True)
+class Diagnostics:
+    """What an evaluation says of a model besides its metrics.
+
+    Attributes:
+        compared: the representations that a step keeps, name -> columns, in their order there.
+        tables: collective; name -> value.
+    """
+
+    compared: Mapping[str, int] = field(default_factory=dict)
+    tables: Callable[[], dict[str, float]] = dict
+
+
 class Evaluation(NamedTuple):
     """What one pass over a split gives.
 
@@ -34,11 +48,13 @@ class Evaluation(NamedTuple):
         metrics: the same on every rank. rows: what they were computed from, on rank 0, in the order of the loader:
             without shuffle that of the files, on any number of ranks.
         policies: what the schema's policies did to values of the split, over all ranks (see `data.ids.PolicyCounts`).
+        diagnostics: the same on every rank; empty if none were asked for.
     """
 
     metrics: dict[str, float]
     rows: Rows | None
     policies: dict[str, int]
+    diagnostics: dict[str, float]
 
 
 def predict(model: DistributedModelParallel, loader: Loader, runtime: Runtime) -> Iterator[StepOutput]:
@@ -70,15 +86,23 @@ def evaluate(
     config: MetricsConfig,
     runtime: Runtime,
     groups: Sequence[str] | None = None,
+    diagnostics: Diagnostics = Diagnostics(),
 ) -> Evaluation:
     """Evaluates one pass over `loader`; see `predict`. Collective.
 
     Args:
         groups: the groups to keep with the rows; by default those that the metrics need.
+        diagnostics: what else to say of the model.
     """
     store = RowStore(num_labels=len(schema.labels), groups=config.groups if groups is None else groups)
+    moments = Moments()
     for output in predict(model, loader, runtime):
         store.append(output)
+        if output.compared is not None:
+            moments.add(output.compared, output.weights)
     rows = store.merged(runtime.control)
     metrics = compute(rows, schema, config) if rows is not None else None
-    return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts))
+    found = diagnostics.tables()
+    if diagnostics.compared:
+        found |= describe(moments.correlation(runtime.control), diagnostics.compared)
+    return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts), found)

@@ -42,8 +42,9 @@ class Reporter:
     """Shows and records what is reported to it; on ranks other than the main one every call does nothing.
 
     On a terminal there is one progress bar, elsewhere a line per report. `metrics.jsonl` has a JSON object per report,
-    appended as a whole line: "step", "examples", "split", "metrics", and for the split "train"
-    "examples_per_second" and "data_wait_share". Numbers that are not finite are null there and in `result.json`.
+    appended as a whole line: "step", "examples", "split", "metrics", for the split "train" "examples_per_second" and
+    "data_wait_share", and for an evaluation with diagnostics "diagnostics". Numbers that are not finite are null there
+    and in `result.json`.
 
     Example::
 
@@ -151,15 +152,22 @@ class Reporter:
             left = str(timedelta(seconds=round((self._total - step) * seconds / step))) if step else "unknown"
             self.line(f"train  step {step}/{self._total}  examples {examples:,}  {summary}  remaining {left}")
 
-    def evaluation(self, step: int, examples: int, split: str, metrics: Metrics) -> None:
-        """Reports an evaluation of `split` after `step` steps of training on `examples` rows."""
+    def evaluation(
+        self, step: int, examples: int, split: str, metrics: Metrics, diagnostics: Metrics | None = None
+    ) -> None:
+        """Reports an evaluation of `split` after `step` steps of training on `examples` rows.
+
+        Of the diagnostics, only those of the model as a whole (without "/") are printed.
+        """
         if not self._main:
             return
         if step == self._kept_until and split in self._reported:
             return
-        self._record({"step": step, "examples": examples, "split": split, "metrics": metrics})
-        self._to_tensorboard(split, step, metrics)
+        more = {"diagnostics": diagnostics} if diagnostics else {}
+        self._record({"step": step, "examples": examples, "split": split, "metrics": metrics, **more})
+        self._to_tensorboard(split, step, {**metrics, **(diagnostics or {})})
         overall = {k: v for k, v in metrics.items() if not _place(k)[2]}
+        overall |= {k: v for k, v in (diagnostics or {}).items() if "/" not in k}
         self.line(f"{split}  step {step}/{self._total}  {_words(overall)}")
 
     def finish(self, result: Mapping[str, Any]) -> None:

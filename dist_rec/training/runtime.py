@@ -130,7 +130,7 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Lets glibc keep what a step has freed for the next step.
 
     By itself it gives a step's large tensors back to the kernel and faults every page in again: 1.2 to 1.6 times slower
@@ -155,7 +155,7 @@ def process(settings: RunSettings) -> Iterator[Runtime]:
     local_rank, local_world_size = (int(os.environ.get(name, value)) for name, value in _LOCAL)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if not cuda:
-        _keep_freed_memory()
+        keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # as torchrun has it: threads of ranks or of neighbours would wait for each other
     else:
