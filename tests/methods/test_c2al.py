@@ -187,7 +187,7 @@ def test_the_saved_config_carries_the_cohorts_and_needs_no_file(tmp_path: Path) 
     path.write_text(json.dumps(COHORTS))
     run = values("unused", tmp_path / "run", auxiliary={"c2al": settings(cohorts=str(path))})
     saved = to_mapping(from_mapping(run))
-    assert saved["auxiliary"]["c2al"]["cohorts"] == {**COHORTS, "label": None, "path": str(path)}
+    assert saved["auxiliary"]["c2al"]["cohorts"] == {**COHORTS, "label": None, "columns": None, "path": str(path)}
     path.unlink()
     assert to_mapping(from_mapping(saved)) == saved
     with pytest.raises(ConfigError, match=r"auxiliary.c2al.cohorts.*cannot be read"):
