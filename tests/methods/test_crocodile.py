@@ -476,7 +476,7 @@ def _evaluated(rank: int, world_size: int, runs_of: list[dict[str, Any]]) -> Non
 
 
 def test_exports_score_as_evaluation_does_without_a_trace_of_the_loss(data: str, tmp_path: Path) -> None:
-    """Every arch, Crocodile in every form of its tables: to 1e-6, as products of matrices at other addresses are rounded
+    """Every arch, Crocodile in every form of its tables: to 1e-6, as products of matrices at other addresses round
     otherwise, and to 1e-5 where two layers became one."""
     auxiliary = {"covariance": {"alpha": 1.0, "rows": 8}}
     trained = {
