@@ -96,7 +96,7 @@ def update_errors(found: Training, expected: Training) -> dict[str, float]:
     errors = {}
     for name, start in expected.before.items():
         assert torch.equal(found.before[name], start), f"initial {name}"
-        update, right = found.after[name] - start, expected.after[name] - start
+        update, right = ((after[name] - start).double() for after in (found.after, expected.after))
         assert right.norm() > 0, f"{name} did not train"
         errors[name] = ((update - right).norm() / right.norm()).item()
     return errors
