@@ -415,3 +415,14 @@ def test_the_export_has_no_heads_and_scores_as_the_trained_model(
 
 def _evaluated(rank: int, world_size: int, run: dict[str, Any]) -> None:
     evaluate.run(from_mapping(merged(run, {"evaluate": {"predictions": run["run"]["dir"] + "/trained.parquet"}})))
+
+
+def test_the_best_weights_from_before_the_heads_came_are_restored(data: Path, tmp_path: Path) -> None:
+    """Also by a later start with the same config, when nothing is renewed any more."""
+    stop = {"train": {"eval_every": 2, "early_stopping": {"patience": 50}}, "data": {"validation": str(data)}}
+    plain = _run(data, tmp_path / "run", **merged(stop, {"train": {"steps": 4}}))
+    worse = {"optim": {"tables": {"lr": 30.0}}, "auxiliary": {"c2al": settings()}, "checkpoint": {"renew": ["c2al"]}}
+    runs = [merged(plain, {**worse, "train": {"steps": steps}}) for steps in (6, 8)]
+    first, second, third = run_ranks(train_all, 1, [plain, *runs])[0]
+    assert second["best_step"] == third["best_step"] == first["best_step"] == 4
+    assert third["metrics"]["validation"] == first["metrics"]["validation"]
