@@ -48,14 +48,17 @@ def run(config: RunConfig) -> dict[str, Any]:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    with StoredModel(checkpoint.path) as stored:
-        step = {"step": str(checkpoint.step)}
-        collapsed = collapse(stored, served(config).state_dict(), temporary / TENSORS, step)
-    report = {"step": checkpoint.step, "checkpoint": str(checkpoint.path), **asdict(collapsed)}
-    report["versions"] = versions.installed()
-    (temporary / CONFIG).write_text(to_yaml(plain(config)))
-    (temporary / REPORT).write_text(to_json(report, indent=1))
-    _replace(folder, temporary)
+    try:
+        with StoredModel(checkpoint.path) as stored:
+            tensors = served(config).state_dict()
+            collapsed = collapse(stored, tensors, temporary / TENSORS, {"step": str(checkpoint.step)})
+        report = {"step": checkpoint.step, "checkpoint": str(checkpoint.path), **asdict(collapsed)}
+        report["versions"] = versions.installed()
+        (temporary / CONFIG).write_text(to_yaml(plain(config)))
+        (temporary / REPORT).write_text(to_json(report, indent=1))
+        _replace(folder, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     print(f"step {checkpoint.step}, {checkpoint.path} -> {folder}")
     print("\n".join(format_report(collapsed)))
     return report

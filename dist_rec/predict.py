@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from dist_rec.config import RunConfig, from_mapping, overrides_mapping, read
+from dist_rec.config import RunConfig, overrides_mapping, read
 from dist_rec.data.batch import Batch
 from dist_rec.data.footers import DataError, FileFooter, check_columns, open_file, read_footers
 from dist_rec.data.ids import describe_policies
@@ -24,7 +24,7 @@ from dist_rec.job import run_entry
 from dist_rec.recommender import Recommender, served
 from dist_rec.serving.exported import CONFIG, TENSORS, check_folder, load_tensors, scoring_sections
 from dist_rec.serving.scores import score_columns, score_names
-from dist_rec.settings import Complaint, ConfigError, parse
+from dist_rec.settings import Complaint, ConfigError, gather, parse
 from dist_rec.training.runtime import RunSettings, keep_freed_memory
 
 USAGE = """usage: dist-rec predict EXPORT DATA OUT [key=value ...]
@@ -73,7 +73,7 @@ def run(export: Path, data: str, out: Path, settings: PredictSettings) -> dict[s
     if out.is_dir() or (out.exists() and not settings.overwrite):
         raise ConfigError([Complaint("OUT", f"is '{out}', which exists; choose another file, or set overwrite=true")])
     check_folder(export)
-    config = from_mapping(scoring_sections(read(str(export / CONFIG))), device_type="cpu")
+    config = _config(export)
     footers = read_footers(data)
     schema = _scoring_schema(config)
     check_columns(footers, schema)
@@ -100,6 +100,18 @@ def run(export: Path, data: str, out: Path, settings: PredictSettings) -> dict[s
         loader.close()
     seconds = time.perf_counter() - started
     return {"rows": rows, "seconds": seconds, "device": str(device), "data_policies": dict(loader.counts)}
+
+
+def _config(export: Path) -> RunConfig:
+    """What scores depend on, checked; the sections that only training reads have their defaults."""
+    complaints: list[Complaint] = []
+    config: RunConfig = parse(RunConfig, scoring_sections(read(str(export / CONFIG))), complaints)
+    if not complaints:
+        complaints += gather("schema", config.schema.check())
+        complaints += gather("model", config.model.check(config.schema))
+    if complaints:
+        raise ConfigError([c.under(str(export / CONFIG)) for c in complaints])
+    return config
 
 
 def _scoring_schema(config: RunConfig) -> Schema:

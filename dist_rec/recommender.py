@@ -37,7 +37,7 @@ class DensePart(nn.Module):
     def __init__(
         self,
         arch: nn.Module,
-        objective: nn.Module,
+        objective: nn.Module | None,
         auxiliaries: Mapping[str, nn.Module],
         precision: str,
         compared: Mapping[str, int],
@@ -107,23 +107,28 @@ def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, l
     weights. Auxiliaries are built last and draw from a fork of the generator: attached or not, the rest starts and
     trains from the same random numbers.
     """
-    schema, sets = config.schema, config.model.table_sets(config.schema)
-    tables = make_tables(sets, schema, config.embeddings)
+    stage, tables = _stage(config, table_device)
+    torch.manual_seed(config.run.seed)
+    arch = config.model.build(config.schema)
+    objective = config.objective.build(config.schema, arch.representation_dims)
+    with torch.random.fork_rng(devices=[]):
+        extra = {name: c.build(config.schema, arch.representation_dims) for name, c in config.auxiliary.items()}
+    compared = chosen(config.metrics.correlation, arch.representation_dims)
+    return Recommender(stage, DensePart(arch, objective, extra, config.train.precision, compared)), tables
+
+
+def _stage(config: RunConfig, table_device: str) -> tuple[EmbeddingStage, list[Table]]:
+    sets = config.model.table_sets(config.schema)
+    tables = make_tables(sets, config.schema, config.embeddings)
     stage = EmbeddingStage(
         tables,
         sets,
-        is_weighted=schema.is_weighted,
+        is_weighted=config.schema.is_weighted,
         project=config.embeddings.project,
         train_projection=config.embeddings.train_projection,
         device=torch.device(table_device),
     )
-    torch.manual_seed(config.run.seed)
-    arch = config.model.build(schema)
-    objective = config.objective.build(schema, arch.representation_dims)
-    with torch.random.fork_rng(devices=[]):
-        extra = {name: c.build(schema, arch.representation_dims) for name, c in config.auxiliary.items()}
-    compared = chosen(config.metrics.correlation, arch.representation_dims)
-    return Recommender(stage, DensePart(arch, objective, extra, config.train.precision, compared)), tables
+    return stage, tables
 
 
 def plain(config: RunConfig) -> RunConfig:
@@ -139,9 +144,10 @@ def plain(config: RunConfig) -> RunConfig:
 
 def served(config: RunConfig) -> Recommender:
     """The model that `plain(config)` trains, without its objective; unsharded, its tables on the meta device."""
-    model, _ = build(plain(config))
-    model.dense.objective = None
-    return model
+    stage, _ = _stage(plain(config), "meta")
+    with torch.random.fork_rng(devices=[]):  # its values come from a file
+        arch = config.model.build(config.schema)
+    return Recommender(stage, DensePart(arch, None, {}, config.train.precision, {}))
 
 
 @dataclass(frozen=True)
