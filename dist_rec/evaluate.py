@@ -45,7 +45,8 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     split, folder = config.evaluate.split, Path(config.run.dir)
     trained = restore(config, runtime)
     groups = list(config.schema.groups) if config.evaluate.predictions else None
-    found = evaluate(trained.model, trained.data.once(split), config.schema, config.metrics, runtime, groups)
+    loader, task = trained.data.once(split), trained.data.task(split)
+    found = evaluate(trained.model, loader, config.schema, config.metrics, runtime, groups, task)
     step, path = trained.checkpoint.step, trained.checkpoint.path
     result = {"step": step, "split": split, "metrics": found.metrics, "data_policies": found.policies}
     if found.rows is not None:

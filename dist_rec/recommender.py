@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torchrec.distributed.types import ShardingPlan
 from dist_rec.config import RunConfig
 from dist_rec.contract import StepOutput
 from dist_rec.data.batch import Batch
+from dist_rec.data.views import view_key
 from dist_rec.embeddings import sharding
 from dist_rec.embeddings.stage import EmbeddingStage
-from dist_rec.embeddings.tables import Table, make_tables
+from dist_rec.embeddings.tables import Table, make_tables, view_sets
 from dist_rec.training.optim import StepOptimizer, fuse_table_optimizer
 from dist_rec.training.runtime import Runtime
 
@@ -40,22 +42,30 @@ class DensePart(nn.Module):
         with torch.autocast(batch.dense.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
             output = self.arch(batch.dense, tables, batch.groups)
         output = output._replace(predictions=output.predictions.float())
-
-        def encode(view: str) -> Tensor:
-            with torch.autocast(batch.dense.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-                return self.arch.encode(batch, tables, view)
-
-        terms: dict[str, Tensor] = {}
-        for part in (self.objective, *self.auxiliaries.values()):
-            terms.update(part(output, batch, encode))
         left = StepOutput(
             predictions=output.predictions.detach(),
             labels=batch.labels,
             weights=batch.weights,
             groups=batch.groups,
-            losses={name: term.detach() for name, term in terms.items()},
+            losses={},
         )
-        return torch.stack(list(terms.values())).sum(), left
+        if not self.training:  # nobody asks for a loss, and one over the batches of all ranks would cost an exchange
+            seen = {name: r.detach().float() for name, r in output.representations.items()}
+            return output.predictions.new_zeros(()), left._replace(representations=seen)
+        terms: dict[str, Tensor] = {}
+        for part in (self.objective, *self.auxiliaries.values()):
+            terms.update(part(output, batch, partial(self._encode, batch, tables)))
+        losses = {name: term.detach() for name, term in terms.items()}
+        return torch.stack(list(terms.values())).sum(), left._replace(losses=losses)
+
+    def _encode(
+        self, batch: Batch, tables: dict[str, Tensor], view: str, change: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """The arch's encoding of a view, see `contract.Encode`."""
+        if change is not None:
+            tables = {n: change(rows) if n.endswith(view_key("", view)) else rows for n, rows in tables.items()}
+        with torch.autocast(batch.dense.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+            return self.arch.encode(batch, tables, view)
 
 
 class Recommender(nn.Module):
@@ -78,11 +88,11 @@ def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, l
     weights. Auxiliaries are built last and draw from a fork of the generator: attached or not, the rest starts and
     trains from the same random numbers.
     """
-    schema, sets = config.schema, config.model.table_sets(config.schema)
-    tables = make_tables(sets, schema, config.embeddings)
+    schema, sets, views = config.schema, config.model.table_sets(config.schema), config.views
+    tables = make_tables(sets, schema, config.embeddings, views)
     stage = EmbeddingStage(
         tables,
-        sets,
+        [*sets, *view_sets(sets, views)],
         is_weighted=schema.is_weighted,
         project=config.embeddings.project,
         device=torch.device(table_device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dist_rec.data.footers import DataError
+from dist_rec.data.footers import DataError, FileFooter, open_file
 from dist_rec.data.ids import Ids, Locate, PolicyCounts, Ragged, primitive
 from dist_rec.data.schema import DenseColumn, GroupColumn, LabelColumn, Schema, SparseColumn
 
@@ -92,6 +93,39 @@ def decode(file: pq.ParquetFile, row_group: int, schema: Schema, at_once: bool =
     tables = [file.read_row_group(row_group, columns=part, use_threads=False) for part in parts]
     columns = {name: table.column(name) for table, part in zip(tables, parts, strict=True) for name in part}
     return pa.table(columns)
+
+
+def read(file: pq.ParquetFile, path: str, row_group: int, rows: int, schema: Schema, at_once: bool = False) -> pa.Table:
+    """`decode`, with a DataError for a row group that is damaged or no longer has the `rows` its footer said."""
+    try:
+        table = decode(file, row_group, schema, at_once)
+    except (pa.ArrowException, OSError, IndexError) as error:
+        raise DataError(
+            f"{path}: row group {row_group} cannot be read ({' '.join(str(error).split())}); if the storage is well, "
+            "the file is damaged: write it again or remove it"
+        ) from error
+    if table.num_rows != rows:
+        raise DataError(
+            f"{path}: row group {row_group} has {table.num_rows} rows, had {rows} when the run began; do not change "
+            "data files under a running job"
+        )
+    return table
+
+
+def scan(footers: Sequence[FileFooter], schema: Schema, counts: PolicyCounts) -> Iterator[tuple[Columns, Place]]:
+    """Every row once in file order: the converted columns of each row group, and where they lie.
+
+    Memory is that of one row group. counts: gets what the policies other than "error" did.
+    """
+    for footer in footers:
+        file, first_row = open_file(footer.path), 0
+        for row_group, rows in enumerate(footer.row_group_rows):
+            if rows:
+                place = Place(footer.path, row_group, first_row, slice(0, rows))
+                columns = Columns.empty(schema, rows)
+                convert(read(file, footer.path, row_group, rows, schema), schema, columns, 0, counts, place)
+                yield columns, place
+            first_row += rows
 
 
 def convert(table: pa.Table, schema: Schema, into: Columns, at: int, counts: PolicyCounts, place: Place) -> None:

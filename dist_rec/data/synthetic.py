@@ -3,7 +3,8 @@
 What is planted, on the logit: a term per user, item and category; a product of hidden user and item vectors (only
 models with interactions find it); the likeness of the item to the user's history; an effect of the hour that differs by
 domain; an effect of the item that has opposite signs in opposite cohorts (an average over cohorts hides it); and dense
-columns. With `domains` set another log is written in its place: see `synthetic_domains`.
+columns. With `domains` or `retrieval` set another data set is written in its place: see `synthetic_domains` and
+`synthetic_retrieval`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dist_rec.data.synthetic_domains import DomainsConfig, DomainsWorld, Truth, write_truth
+from dist_rec.data.synthetic_retrieval import RetrievalConfig, RetrievalWorld, write_items
 from dist_rec.settings import Complaint, gather
 
 SPLITS = ("train", "validation", "test")
@@ -44,6 +46,7 @@ class SyntheticConfig:
     categories: int = 50
     seed: int = 20261123
     domains: DomainsConfig | None = None  # {} or more: the log of several domains, with truth.json beside its splits
+    retrieval: RetrievalConfig | None = None  # {} or more: users and items without labels, with items.parquet beside
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about the settings themselves."""
@@ -54,6 +57,10 @@ class SyntheticConfig:
             yield Complaint("seed", f"is {self.seed}; use 0 or more")
         if self.domains is not None:
             yield from gather("domains", self.domains.check())
+        if self.retrieval is not None:
+            yield from gather("retrieval", self.retrieval.check())
+            if self.domains is not None:
+                yield Complaint("retrieval", "and synthetic.domains are both set; choose one data set")
 
 
 @dataclass
@@ -140,7 +147,10 @@ def write(config: SyntheticConfig) -> None:
 
 def _write_splits(config: SyntheticConfig, folder: Path) -> dict[str, list[Truth]]:
     """Writes every split below `folder`; returns what is behind the rows of validation and test, if that is kept."""
-    world: _World | DomainsWorld = _World.draw(config)
+    world: _World | DomainsWorld | RetrievalWorld = _World.draw(config)
+    if config.retrieval is not None:
+        world = RetrievalWorld(config.retrieval, config.users, config.items, config.categories, config.seed)
+        write_items(world, folder)
     if config.domains is not None:
         world = DomainsWorld(config.domains, config.users, config.items, config.categories, config.seed)
     truth: dict[str, list[Truth]] = {"validation": [], "test": []}
@@ -152,7 +162,10 @@ def _write_splits(config: SyntheticConfig, folder: Path) -> dict[str, list[Truth
             count = min(config.rows_per_file, rows - start)
             rng = np.random.default_rng([config.seed, 1, split, number])
             user, item = _zipf(rng, config.users, count), _zipf(rng, config.items, count)
-            table, behind = world.rows(rng, user, item, first_row)
+            if isinstance(world, RetrievalWorld):
+                table, behind = world.rows(rng, user, first_row, train=name == "train"), None
+            else:
+                table, behind = world.rows(rng, user, item, first_row)
             if behind is not None and name in truth:
                 truth[name].append(behind)
             file = folder / name / f"part-{number:05d}.parquet"

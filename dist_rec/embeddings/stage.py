@@ -14,6 +14,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from dist_rec.contract import TableSet
+from dist_rec.data.views import feature_of
 from dist_rec.embeddings.mlet import FactoredCollection
 from dist_rec.embeddings.tables import Table, output_names
 
@@ -85,7 +86,8 @@ class Regroup(nn.Module):
         self._tables: dict[str, list[str]] = {}
         self._mean: dict[str, list[str | None]] = {}
         for table_set in table_sets:
-            by_feature = {f: t for t in tables if t.name.startswith(f"{table_set.name}_") for f in t.features}
+            owner = feature_of(table_set.name)  # the sets of views are served by the tables of the set behind them
+            by_feature = {f: t for t in tables if t.name.startswith(f"{owner}_") for f in t.features}
             owners = [by_feature[f] for f in table_set.features]
             self._sets[table_set.name] = [names[t.name, f] for t, f in zip(owners, table_set.features, strict=True)]
             means = [f if t.pooling == "mean" else None for t, f in zip(owners, table_set.features, strict=True)]

@@ -10,6 +10,7 @@ from typing import Literal
 
 from dist_rec.contract import TableSet
 from dist_rec.data.schema import Schema
+from dist_rec.data.views import Views, feature_of, view_key
 from dist_rec.settings import Complaint
 
 ShardingName = Literal[
@@ -87,7 +88,7 @@ class Table:
         name: "<set>_<table>", unique over all sets; part of the parameter's name in checkpoints.
         num_rows: n. dim: d, the width that is served.
         inner_dim: k, the width that is stored and trained, if the table has two layers; None if it has one.
-        features: the features it serves.
+        features: the keys it serves: features, and their views.
         mean_lengths: per feature, mean number of ids per row of a batch.
     """
 
@@ -113,13 +114,29 @@ class Table:
         return self.num_rows * self.width * BYTES_PER_VALUE
 
 
-def make_tables(table_sets: list[TableSet], schema: Schema, config: EmbeddingsConfig) -> list[Table]:
-    """The tables of all sets, set by set, in the order in which their first feature appears in the set."""
+def view_sets(table_sets: list[TableSet], views: Views) -> list[TableSet]:
+    """What the views look up: per set and view with features of it, the set "<set>#<view>" of the views' keys."""
+    found = []
+    for view, shown in views.items():
+        for table_set in table_sets:
+            keys = tuple(view_key(f, view) for f in table_set.features if f in shown)
+            found += [TableSet(view_key(table_set.name, view), keys, table_set.dim)] if keys else []
+    return found
+
+
+def make_tables(
+    table_sets: list[TableSet], schema: Schema, config: EmbeddingsConfig, views: Views | None = None
+) -> list[Table]:
+    """The tables of all sets, set by set, in the order in which their first feature appears in the set.
+
+    views: extra keys of the features, served by the same tables.
+    """
     tables = []
     for table_set in table_sets:
         members: dict[str, list[str]] = {}
-        for feature in table_set.features:
-            members.setdefault(schema.sparse[feature].table or feature, []).append(feature)
+        for key in (*table_set.features, *(k for s in view_sets([table_set], views or {}) for k in s.features)):
+            feature = feature_of(key)
+            members.setdefault(schema.sparse[feature].table or feature, []).append(key)
         tables += [_table(table_set, base, tuple(fs), schema, config) for base, fs in members.items()]
     return tables
 
@@ -127,7 +144,7 @@ def make_tables(table_sets: list[TableSet], schema: Schema, config: EmbeddingsCo
 def _table(
     table_set: TableSet, base: str, features: tuple[str, ...], schema: Schema, config: EmbeddingsConfig
 ) -> Table:
-    columns = [schema.sparse[f] for f in features]
+    columns = [schema.sparse[feature_of(f)] for f in features]
     name = f"{table_set.name}_{base}"
     options = config.tables.get(name) or config.tables.get(base) or TableOptions()
     bound = options.init_bound if options.init_bound is not None else config.init_bound

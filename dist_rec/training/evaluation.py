@@ -11,10 +11,13 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from dist_rec.contract import StepOutput
+from dist_rec.data.batch import Batch
 from dist_rec.data.loader import Loader
 from dist_rec.data.schema import Schema
 from dist_rec.metrics.compute import MetricsConfig, compute
+from dist_rec.metrics.retrieval import report
 from dist_rec.metrics.rows import Rows, RowStore
+from dist_rec.training.retrieval import JUDGED, RetrievalTask, Search, item_vectors
 from dist_rec.training.runtime import Runtime
 
 
@@ -42,7 +45,17 @@ class Evaluation(NamedTuple):
 
 
 def predict(model: DistributedModelParallel, loader: Loader, runtime: Runtime) -> Iterator[StepOutput]:
-    """What each batch of one pass over `loader` leaves, on the device; the loader is closed at the end. Collective.
+    """What each batch of one pass over `loader` leaves, as `forward` gives it; the loader is closed at the end."""
+    try:
+        yield from forward(model, iter(loader), loader.batches_left or 0, runtime)
+    finally:
+        loader.close()
+
+
+def forward(
+    model: DistributedModelParallel, batches: Iterator[Batch], count: int, runtime: Runtime
+) -> Iterator[StepOutput]:
+    """What each of `count` batches leaves, on the device. Collective.
 
     The model must not be attached to a pipeline. It is put in eval mode and back. Go through all of them: a rank that
     stops early leaves the others waiting.
@@ -51,15 +64,13 @@ def predict(model: DistributedModelParallel, loader: Loader, runtime: Runtime) -
     model.eval()
     # in eval mode TorchRec's training pipeline only overlaps and computes; it asks nothing of an optimiser
     pipeline = TrainPipelineSparseDist(model, None, runtime.device, execute_all_batches=True)
-    batches = iter(loader)
     try:
-        for _ in range(loader.batches_left or 0):
+        for _ in range(count):
             with torch.no_grad():  # not around the yield: it would hold in the caller's code too
                 output = pipeline.progress(batches)
             yield output
     finally:
         pipeline.detach()
-        loader.close()
         model.train(training)
 
 
@@ -70,15 +81,39 @@ def evaluate(
     config: MetricsConfig,
     runtime: Runtime,
     groups: Sequence[str] | None = None,
+    task: RetrievalTask | None = None,
 ) -> Evaluation:
     """Evaluates one pass over `loader`; see `predict`. Collective.
 
     Args:
         groups: the groups to keep with the rows; by default those that the metrics need.
+        task: what is searched, for a model that is judged by retrieval.
     """
+    if task is not None:
+        return _retrieval(model, loader, task, config, runtime, groups or ())
     store = RowStore(num_labels=len(schema.labels), groups=config.groups if groups is None else groups)
     for output in predict(model, loader, runtime):
         store.append(output)
     rows = store.merged(runtime.control)
     metrics = compute(rows, schema, config) if rows is not None else None
+    return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts))
+
+
+def _retrieval(
+    model: DistributedModelParallel,
+    loader: Loader,
+    task: RetrievalTask,
+    config: MetricsConfig,
+    runtime: Runtime,
+    groups: Sequence[str],
+) -> Evaluation:
+    batches, count = task.batches(runtime)
+    mine = task.catalogue.share(runtime.rank, runtime.world_size)
+    vectors = item_vectors(forward(model, batches, count, runtime), len(mine))
+    search = Search(task, vectors, config.retrieval, runtime)
+    store = RowStore(num_labels=0, groups=[*groups, *JUDGED])
+    for output in predict(model, loader, runtime):
+        store.append(search.judged(output))
+    rows = store.merged(runtime.control)
+    metrics = report([rows.groups[name] for name in JUDGED], config.retrieval) if rows is not None else None
     return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts))

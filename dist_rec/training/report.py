@@ -22,7 +22,8 @@ _log = logging.getLogger(__name__)
 Metrics = Mapping[str, float]
 
 _MEASURES = ("ne", "log_loss", "auc", "calibration", "mse", "gauc")  # the table's columns in their order
-_HEADLINES = ("ne", "mse", "auc")  # what fits on a progress bar
+_HEADLINES = ("ne", "mse", "auc")  # what fits on a progress bar; without any of these, the loss terms
+_INTERVAL = "/ci"  # ends the name of a half-width of a confidence interval
 
 
 @dataclass
@@ -143,6 +144,7 @@ class Reporter:
         self._record({"step": step, "examples": examples, "split": "train", "metrics": metrics, **pace})
         self._to_tensorboard("train", step, {**metrics, **pace})
         headline = {k: v for k, v in metrics.items() if k.split("/")[-1] in _HEADLINES}
+        headline = headline or {k: v for k, v in metrics.items() if k.startswith("loss/")}
         summary = f"{_pace(pace)}  {_words(headline)}"
         self.advance(step)
         if self._live:
@@ -159,7 +161,7 @@ class Reporter:
             return
         self._record({"step": step, "examples": examples, "split": split, "metrics": metrics})
         self._to_tensorboard(split, step, metrics)
-        overall = {k: v for k, v in metrics.items() if not _place(k)[2]}
+        overall = {k: v for k, v in metrics.items() if not _place(k)[2] and not k.endswith(_INTERVAL)}
         self.line(f"{split}  step {step}/{self._total}  {_words(overall)}")
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -224,17 +226,25 @@ def format_table(splits: Mapping[str, Metrics]) -> str:
         for key, value in metrics.items():
             label, column, group = _place(key)
             rows.setdefault((split, label, group), {})[column] = value
-    columns = sorted({c: None for row in rows.values() for c in row}, key=_column_rank)
+    names = {c: None for row in rows.values() for c in row if not c.endswith(_INTERVAL)}
+    columns = sorted(names, key=_column_rank)
     overall_first = sorted(rows, key=lambda place: bool(place[2]))
     lines = [["split", *columns]]
     for place in overall_first:
-        cells = [f"{rows[place][c]:.5f}" if c in rows[place] else "-" for c in columns]
+        cells = [_cell(rows[place], c) for c in columns]
         lines.append([" ".join(part for part in place if part), *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines
     )
+
+
+def _cell(row: Mapping[str, float], column: str) -> str:
+    if column not in row:
+        return "-"
+    half = row.get(column + _INTERVAL)
+    return f"{row[column]:.5f}" + (f" ±{half:.5f}" if half is not None else "")
 
 
 def _place(key: str) -> tuple[str, str, str]:

@@ -23,7 +23,7 @@ from dist_rec.metrics.compute import MetricsConfig, compute, direction
 from dist_rec.metrics.rows import RowStore
 from dist_rec.settings import Complaint
 from dist_rec.training.checkpoint import Checkpoint, Checkpointer
-from dist_rec.training.evaluation import Evaluation, evaluate
+from dist_rec.training.evaluation import Evaluation
 from dist_rec.training.optim import NonFiniteGradient, StepOptimizer
 from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime
@@ -157,7 +157,7 @@ class Trainer:
 
     Attributes:
         loader: the training batches, from the position the run resumes at.
-        validation: makes a fresh loader over the validation set, or None.
+        validation: evaluates the model on the validation set, detached from the pipeline; None without one.
         started: `time.perf_counter()` when this process began its work.
         facts: JSON-able facts that every checkpoint carries (config, plan, versions).
     """
@@ -165,7 +165,7 @@ class Trainer:
     model: DistributedModelParallel
     optimizer: StepOptimizer
     loader: Loader
-    validation: Callable[[], Loader] | None
+    validation: Callable[[], Evaluation] | None
     schema: Schema
     config: TrainConfig
     metrics: MetricsConfig
@@ -271,7 +271,7 @@ class Trainer:
         if self._evaluated is not None and self._evaluated[0] == self.progress.step:
             return self._evaluated[1]
         self.pipeline.detach()  # batches in flight stay in the pipeline and are trained on afterwards
-        result = evaluate(self.model, self.validation(), self.schema, self.metrics, self.runtime)
+        result = self.validation()
         self._evaluated = (self.progress.step, result)
         self.reporter.evaluation(self.progress.step, self.measured().examples, "validation", result.metrics)
         return result
@@ -302,7 +302,7 @@ class Trainer:
         if self.validation is not None and best is not None and best != self.progress.step:
             log.info("restoring the best weights, of step %d", best)
             self.checkpointer.load(self.checkpointer.at(best), self.model, None)
-            result = evaluate(self.model, self.validation(), self.schema, self.metrics, self.runtime)
+            result = self.validation()
         return result
 
     def measured(self) -> Progress:
