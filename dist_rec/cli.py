@@ -11,6 +11,7 @@ VERBS = {
     "init": ("dist_rec.init", "write a commented starting config for a Parquet data set"),
     "train": ("dist_rec.train", "train a model by a config"),
     "evaluate": ("dist_rec.evaluate", "evaluate a trained run"),
+    "correlation": ("dist_rec.correlation", "measure how much the columns of an item table say about each other"),
     "plan": ("dist_rec.plan", "show which rank would hold which table, offline"),
 }
 
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `dist-rec VERB ...`; the verb's module is imported only then, as torchrec takes seconds."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
+        lines = [f"  {verb:<13}{text}" for verb, (_, text) in VERBS.items()]
         print("\n".join(["usage: dist-rec VERB ...", "", *lines, "", "dist-rec VERB --help says more."]))
         raise SystemExit(0 if arguments else 2)
     verb, rest = arguments[0], arguments[1:]

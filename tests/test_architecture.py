@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 COMPONENTS = {"models", "objectives", "auxiliary"}
 """Rooms with one component per file or folder, found by its name: deleting a method is deleting its files."""
 
-ENTRIES = {"train", "evaluate", "plan", "init", "export", "predict", "cli", "job"}
+ENTRIES = {"train", "evaluate", "plan", "init", "export", "predict", "correlation", "cli", "job"}
 """Modules a user starts, and what those share (job)."""
 
 MAY_IMPORT = {

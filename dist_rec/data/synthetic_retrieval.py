@@ -27,6 +27,7 @@ _CANDIDATES = 16
 _CHANCE = 2.0  # scale of the chance in a choice
 _MAX_HISTORY = 10
 _MAX_WORDS = 6
+_WORD_TRIES = 64
 
 
 @dataclass
@@ -62,9 +63,9 @@ class RetrievalWorld:
         """The item table."""
         rng, count = self._rng, len(self.category)
         lengths = rng.integers(1, _MAX_WORDS + 1, count)
-        words = rng.integers(0, WORDS, (int(lengths.sum()), 8))
+        words = rng.integers(0, WORDS, (int(lengths.sum()), _WORD_TRIES))
         owner = np.repeat(self.category, lengths)
-        # of eight words at random the first of the item's category, if there is one
+        # of some words at random the first of the item's category, if there is one
         words = words[np.arange(len(words)), (self._word_category[words] == owner[:, None]).argmax(axis=1)]
         price = np.exp(0.3 * self.vectors[:, 0] + 0.1 * rng.normal(size=count))
         return pa.table({
