@@ -52,9 +52,13 @@ class DensePart(nn.Module):
         if not self.training:  # nobody asks for a loss, and one over the batches of all ranks would cost an exchange
             seen = {name: r.detach().float() for name, r in output.representations.items()}
             return output.predictions.new_zeros(()), left._replace(representations=seen)
-        terms: dict[str, Tensor] = {}
-        for part in (self.objective, *self.auxiliaries.values()):
-            terms.update(part(output, batch, partial(self._encode, batch, tables)))
+        encode = partial(self._encode, batch, tables)
+        terms: dict[str, Tensor] = dict(self.objective(output, batch, encode))
+        devices = [batch.dense.device] if batch.dense.device.type == "cuda" else []
+        for part in self.auxiliaries.values():
+            # attached or not, and with dropout in what it encodes or not, the next step draws the same numbers
+            with torch.random.fork_rng(devices=devices):
+                terms.update(part(output, batch, encode))
         losses = {name: term.detach() for name, term in terms.items()}
         return torch.stack(list(terms.values())).sum(), left._replace(losses=losses)
 
@@ -85,8 +89,8 @@ def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, l
     """The unsharded model with its tables on `table_device`, and the list of its tables.
 
     The dense part is initialised from `run.seed` alone, so every rank and every world size starts from the same
-    weights. Auxiliaries are built last and draw from a fork of the generator: attached or not, the rest starts and
-    trains from the same random numbers.
+    weights. Auxiliaries are built last, and are built and run in a fork of the generator: attached or not, the rest
+    starts and trains from the same random numbers.
     """
     schema, sets, views = config.schema, config.model.table_sets(config.schema), config.views
     tables = make_tables(sets, schema, config.embeddings, views)

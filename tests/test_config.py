@@ -90,6 +90,21 @@ def test_the_base_of_these_tests_is_good(tmp_path):
         ({"schema": {"sparse": {"user": {"weights": "w"}}}}, "schema.sparse.user.weights", "set multi: true"),
         ({"schema": {"dense": {"d0": {"std": 0}}}}, "schema.dense.d0.std", "must be > 0"),
         ({"schema": {"groups": {"g": {"column": "d0", "scale": -1.0}}}}, "schema.groups.g.scale", "use a number > 0"),
+        (
+            {"schema": {"groups": {"domain": {"column": "domain", "out_of_range": "reserved"}}}},
+            "schema.groups.domain.out_of_range",
+            "is reserved, which needs to know the valid values; set num_ids",
+        ),
+        (
+            {"schema": {"groups": {"domain": {"column": "domain", "num_ids": 3, "on_null": "fill"}}}},
+            "schema.groups.domain.fill",
+            "is -1; values would be read as one outside 0..2",
+        ),
+        (
+            {"schema": {"groups": {"domain": {"column": "domain", "num_ids": 0}}}},
+            "schema.groups.domain.num_ids",
+            "is 0",
+        ),
         ({"objective": {"name": "bce", "label_weights": {"x": 1}}}, "objective.label_weights.x", "known: click"),
         ({"metrics": {"by": ["country"]}}, "metrics.by", "'country', which is no group of the schema; known: row"),
         ({"optim": {"schedule": {"decay": "cosine"}}}, "optim.schedule.decay_steps", "over how many steps"),

@@ -25,7 +25,8 @@ class Batch(Pipelineable):
         labels: (B, T) float32, columns in schema order.
         weights: (B,) float32, the sample weight; exactly 0 for the rows that only pad the last batch of an
             epoch, which have empty bags and count in no loss and no metric.
-        groups: name -> (B,) int64, what metrics and methods group rows by (a domain, a cohort, a user).
+        groups: name -> (B,) int64, what metrics and methods group rows by (a domain, a cohort, a user); -1 in padding
+            rows.
         view_dense: view -> (B, Nd) float32, the dense columns of another view of the same rows; empty unless an
             auxiliary's transform added views.
     """

@@ -20,6 +20,7 @@ from dist_rec.data.parquet import Columns, id_dtype, is_fixed
 from dist_rec.data.schema import Schema
 
 _TORCH = {np.dtype(t): torch.from_numpy(np.empty(0, t)).dtype for t in (np.float32, np.int32, np.int64)}
+NO_GROUP = -1  # what the rows that only pad a batch have in every group
 _TRANSPOSE_ROWS = 1024  # a tile of dense columns that stays in the cache while it is turned into rows
 
 
@@ -49,6 +50,8 @@ class BatchBuilder:
         if rows < padded:
             weights[rows:] = 0
         groups = {name: self._padded(group, rows, order, padded) for name, group in columns.groups.items()}
+        for group in groups.values():
+            group[rows:] = NO_GROUP
         sparse = self._fixed_only(columns, rows, order) if self._all_fixed else self._mixed(columns, rows, order)
         for i in range(num_batches):
             here = slice(i * self._size, (i + 1) * self._size)

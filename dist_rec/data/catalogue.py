@@ -73,7 +73,7 @@ class Catalogue:
             sparse=packed(bags, self._dtype, self.schema.is_weighted),
             labels=torch.zeros(size, len(self.schema.labels)),
             weights=(torch.arange(size) < len(rows)).float(),
-            groups={name: torch.zeros(size, dtype=torch.int64) for name in self.schema.groups},
+            groups={name: torch.full((size,), -1) for name in self.schema.groups},
             view_dense={view: torch.zeros(dense.shape) for view in views},
         )
 

@@ -200,9 +200,26 @@ class Numbers(NamedTuple):
             good = values < 2**63 if nulls is None else nulls | (values < 2**63)
             self.require(good, array, "does not fit int64", "write it as int64")
         out[:] = values
+        if column.num_ids is not None:
+            self._in_range(out, nulls, column, column.num_ids)
         if nulls is not None:
             self._null(nulls, column.on_null)
-            out[nulls] = column.fill
+            out[nulls] = column.num_ids if column.on_null == "reserved" else column.fill
+
+    def _in_range(self, out: np.ndarray, nulls: np.ndarray | None, column: GroupColumn, num_ids: int) -> None:
+        bad = (out < 0) | (out >= num_ids)
+        if nulls is not None:
+            bad &= ~nulls
+        if not bad.any():
+            return
+        if column.out_of_range == "error":
+            i = int(np.argmax(bad))
+            raise DataError(
+                f"{self._who()}: {out[i]} is outside 0..{num_ids - 1} at {self.locate(i)}; raise num_ids above it, or "
+                "set out_of_range to fill or reserved"
+            )
+        self.counts[f"{self.kind}.out_of_range={column.out_of_range}"] += int(np.count_nonzero(bad))
+        out[bad] = num_ids if column.out_of_range == "reserved" else column.fill
 
     def _floored(self, array: pa.Array, scale: float) -> tuple[np.ndarray, np.ndarray | None]:
         """(n,) int64 floor(x * scale), 0 where null or NaN; and which are."""

@@ -100,18 +100,42 @@ class WeightColumn:
 
 @dataclass
 class GroupColumn:
-    """An integer per row by which metrics (or a method) group rows: a domain, a cohort axis, a user id."""
+    """An integer per row by which metrics (or a method) group rows: a domain, a cohort axis, a user id.
+
+    A model with parameters for each value (a tower per domain) needs `num_ids`; the policies for values that are null
+    or out of range then say which of its parameters such a row uses.
+    """
 
     column: str
-    on_null: Literal["error", "fill"] = "error"  # what a null (with `scale` a NaN too) does
+    # a null (with `scale` a NaN too): "error" stops; "fill" reads `fill`; "reserved" reads the value num_ids. Counted.
+    on_null: Literal["error", "fill", "reserved"] = "error"
     fill: int = -1  # the group's value where the column has none
     # for a column of numbers that are not integers: the group's value is floor(x * scale); 100 keeps two decimals
     scale: float | None = None
+    num_ids: int | None = None  # valid values are 0 .. num_ids-1; without it any integer is valid
+    # with num_ids, a value < 0 or >= num_ids: "error" stops; "fill" reads `fill`; "reserved" sends all of them to one
+    # more value, num_ids, whose parameters learn from such rows alone. All but "error" are counted and reported.
+    out_of_range: Literal["error", "fill", "reserved"] = "error"
+
+    @property
+    def num_values(self) -> int | None:
+        """`num_ids`, and one more if a value is reserved; None if any integer is valid."""
+        reserved = "reserved" in (self.out_of_range, self.on_null)
+        return None if self.num_ids is None else self.num_ids + int(reserved)
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about this group's own settings."""
         if self.scale is not None and not 0 < self.scale < math.inf:
             yield Complaint("scale", f"is {self.scale}; the group's value is floor(x * scale), so use a number > 0")
+        if self.num_ids is None:
+            for key in ("out_of_range", "on_null"):
+                if getattr(self, key) == "reserved" or (key == "out_of_range" and self.out_of_range != "error"):
+                    yield Complaint(key, f"is {getattr(self, key)}, which needs to know the valid values; set num_ids")
+            return
+        if self.num_ids < 1:
+            yield Complaint("num_ids", f"is {self.num_ids}; a group needs at least one value")
+        if "fill" in (self.out_of_range, self.on_null) and not 0 <= self.fill < max(self.num_ids, 1):
+            yield Complaint("fill", f"is {self.fill}; values would be read as one outside 0..{self.num_ids - 1}")
 
 
 @dataclass
@@ -175,6 +199,29 @@ class Schema:
         assert self.items is not None
         feature = self.items.feature
         return [feature, *(name for name, column in self.sparse.items() if column.join == feature)]
+
+    def num_values(self, group: str) -> int:
+        """Values of a group that `group_problem` has no complaint about: all lie in 0 .. num_values-1."""
+        values = self.groups[group].num_values
+        assert values is not None
+        return values
+
+    def group_problem(self, group: str) -> str | None:
+        """What keeps a model from having parameters for each value of a group, and the fix, or None."""
+        if group not in self.groups:
+            return f"names '{group}', which is no group of the schema; known: {', '.join(self.groups) or 'none'}"
+        if self.groups[group].num_ids is None:
+            return f"names group '{group}', of which it must know all values; set schema.groups.{group}.num_ids"
+        return None
+
+    def features_problem(self, names: list[str]) -> str | None:
+        """Which of `names` is no sparse feature or stands there twice, and the fix, or None."""
+        for name in names:
+            if name not in self.sparse:
+                return f"names '{name}', which is no sparse feature of the schema; known: {', '.join(self.sparse)}"
+            if names.count(name) > 1:
+                return f"names '{name}' twice; name each feature once"
+        return None
 
     def columns(self) -> list[str]:
         """The Parquet columns to read, each once, in a fixed order; of a schema without joined columns."""

@@ -129,7 +129,7 @@ def check_splittable(tables: list[Table], table_optimizer: str) -> Iterator[Comp
     for table in tables:
         if table.sharding in SPLITS_COLUMNS:
             yield Complaint(
-                f"tables.{table.name}.sharding",
+                f"tables.{table.key}.sharding",
                 f"is {table.sharding}, but row-wise Adagrad keeps one state per row and each column shard would keep "
                 "its own, so sharded would differ from unsharded; use optim.tables.name: adagrad, or row_wise",
             )
@@ -335,11 +335,11 @@ def initialise(
     threads: int = 1,
     projection_init: str = "scaled",
 ) -> None:
-    """Fills every table in place with values that depend on (seed, table name, row, column) alone.
+    """Fills every table in place with values that depend on (seed, table set and table, row, column of the set) alone.
 
-    So any sharding on any number of ranks and on any device starts from the same table. (TorchRec's own hook draws from
-    the rank's generator: with one seed everywhere all row-wise shards are identical, with a seed per rank N ranks
-    differ from 1.)
+    So any layout and sharding on any number of ranks and on any device starts from the same values. (TorchRec's own
+    hook draws from the rank's generator: with one seed everywhere all row-wise shards are identical, with a seed per
+    rank N ranks differ from 1.)
     """
     with ThreadPoolExecutor(threads) as pool:  # a generator is serial: some 400 million values a second per thread
         for key, value in state.items():
@@ -369,8 +369,14 @@ def local_parts(value: Tensor | ShardedTensor) -> list[tuple[Tensor, int, int]]:
 def _fill(part: Tensor, table: Table, first_row: int, first_column: int, seed: int, block: int) -> None:
     rows, columns = part.shape
     start, stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, table.num_rows)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{table.name}/{block}".encode()))
-    values = torch.empty(stop - start, table.width).uniform_(-table.init_bound, table.init_bound, generator=generator)
     low, high = max(start, first_row), min(stop, first_row + rows)
-    source = values[low - start : high - start, first_column : first_column + columns]
-    part[low - first_row : high - first_row].copy_(source)
+    left = 0
+    for name, width in ((b.name, b.width) for b in table.blocks):
+        begin, end = max(left, first_column), min(left + width, first_column + columns)
+        if begin < end:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{block}".encode()))
+            values = torch.empty(stop - start, width)
+            values.uniform_(-table.init_bound, table.init_bound, generator=generator)
+            source = values[low - start : high - start, begin - left : end - left]
+            part[low - first_row : high - first_row, begin - first_column : end - first_column].copy_(source)
+        left += width

@@ -6,6 +6,7 @@ Letters: B rows of this rank, F features of a set, D its width.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,27 +83,26 @@ class Regroup(nn.Module):
         self._second_layers = lambda: projections
         self._projects = projects
         names = output_names(tables)
-        self._sets: dict[str, list[str]] = {}
-        self._tables: dict[str, list[str]] = {}
+        # set -> for each of its features: the output, its columns if it has those of other sets too, and the table
+        self._sets: dict[str, list[_Source]] = {}
         self._mean: dict[str, list[str | None]] = {}
         for table_set in table_sets:
-            owner = feature_of(table_set.name)  # the sets of views are served by the tables of the set behind them
-            by_feature = {f: t for t in tables if t.name.startswith(f"{owner}_") for f in t.features}
-            owners = [by_feature[f] for f in table_set.features]
-            self._sets[table_set.name] = [names[t.name, f] for t, f in zip(owners, table_set.features, strict=True)]
-            means = [f if t.pooling == "mean" else None for t, f in zip(owners, table_set.features, strict=True)]
-            self._tables[table_set.name] = [t.name for t in owners]
-            self._mean[table_set.name] = means
+            owners = [next(t for t in tables if _serves(t, table_set, f)) for f in table_set.features]
+            pairs = list(zip(owners, table_set.features, strict=True))
+            self._sets[table_set.name] = [
+                _Source(names[t.name, f], _columns(t, feature_of(table_set.name)), t.name) for t, f in pairs
+            ]
+            self._mean[table_set.name] = [f if t.pooling == "mean" else None for t, f in pairs]
 
     def forward(self, pooled: KeyedTensor, sparse: KeyedJaggedTensor) -> dict[str, Tensor]:
         """pooled: (B, sum of widths). sparse: the batch's own ids, for the bag lengths of mean-pooled features."""
-        columns, projections = pooled.to_dict(), self._second_layers()
+        outputs, projections = pooled.to_dict(), self._second_layers()
         result = {}
-        for name, outputs in self._sets.items():
-            served = [columns[o] for o in outputs]
+        for name, sources in self._sets.items():
+            served = [outputs[s.output] if s.columns is None else outputs[s.output][:, s.columns] for s in sources]
             if self._projects:
-                pairs = zip(self._tables[name], served, strict=True)
-                served = [x @ projections[t] if t in projections else x for t, x in pairs]
+                pairs = zip(sources, served, strict=True)
+                served = [x @ projections[s.table] if s.table in projections else x for s, x in pairs]
             stacked = torch.stack(served, dim=1)
             result[name] = self._divide(stacked, name, sparse) if any(self._mean[name]) else stacked
         return self._touched(result)
@@ -123,6 +123,26 @@ class Regroup(nn.Module):
         ones = torch.ones(batch_size, device=lengths.device, dtype=lengths.dtype)
         bags = [lengths[keys.index(f)].clamp(min=1) if f is not None else ones for f in self._mean[name]]
         return stacked / torch.stack(bags, dim=1).unsqueeze(2).to(stacked.dtype)
+
+
+class _Source(NamedTuple):
+    output: str
+    columns: slice | None  # None: all of them
+    table: str
+
+
+def _serves(table: Table, table_set: TableSet, feature: str) -> bool:
+    owner = feature_of(table_set.name)  # the sets of views are served by the tables of the set behind them
+    return feature in table.features and any(b.table_set == owner for b in table.blocks)
+
+
+def _columns(table: Table, table_set: str) -> slice | None:
+    """Where a set's block lies in the columns of a table; None if the table has no other."""
+    if len(table.blocks) == 1:
+        return None
+    at = [b.table_set for b in table.blocks].index(table_set)
+    start = sum(b.width for b in table.blocks[:at])
+    return slice(start, start + table.blocks[at].width)
 
 
 def _leave_as_allocated(weight: Tensor) -> Tensor:

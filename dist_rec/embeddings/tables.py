@@ -6,7 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dist_rec.contract import TableSet
 from dist_rec.data.schema import Schema
@@ -19,6 +19,7 @@ ShardingName = Literal[
 KernelName = Literal["auto", "fused", "fused_uvm", "fused_uvm_caching"]
 SPLITS_COLUMNS = ("column_wise", "table_column_wise")
 BYTES_PER_VALUE = 4
+_WIDE = "wide_"
 
 
 @dataclass
@@ -55,6 +56,12 @@ class EmbeddingsConfig:
     # exceptions by table: a table is named after its feature (or the schema's `table`) in every table set, or
     # "<set>_<table>" for one table set only
     tables: dict[str, TableOptions] = field(default_factory=dict)
+    # where several table sets ask for the same feature (the experts of a multi-domain model). separate: a table for
+    # each set, every one of which the feature's ids are sent to. wide: one table with a block of columns for each set:
+    # the ids are sent once and one long row is read. Wide is exact under SGD, element-wise Adagrad and Adam but not
+    # under row-wise Adagrad, which keeps one state per row: there it is another optimiser, that scales all sets of a
+    # row alike. It starts from the same values, and has no two-layer tables.
+    layout: Literal["separate", "wide"] = "separate"
 
     def check(self, table_sets: list[TableSet], schema: Schema) -> Iterator[Complaint]:
         """Complaints about exceptions that match no table and about pooling that the features cannot have."""
@@ -65,6 +72,7 @@ class EmbeddingsConfig:
                 hint = f"did you mean '{close[0]}'?" if close else f"tables: {', '.join(sorted(known))}"
                 yield Complaint(f"tables.{name}", f"matches no table; {hint}")
         for table in make_tables(table_sets, schema, self):
+            yield from self._check_wide(table)
             weighted = [f for f in table.features if schema.sparse[f].weights is not None]
             if table.pooling == "mean" and weighted:
                 text = f"is mean for table '{table.name}', but feature '{weighted[0]}' has a weight per id"
@@ -79,20 +87,47 @@ class EmbeddingsConfig:
                 text += " layer sums over, so no shard can project alone; use row_wise, or project: after"
                 yield Complaint("sharding", text)
 
+    def _check_wide(self, table: Table) -> Iterator[Complaint]:
+        if len(table.blocks) == 1:
+            return
+        for block in table.blocks:
+            if block.name in self.tables:
+                text = f"is for one table set, but layout: wide keeps the sets of '{table.key}' in one table"
+                yield Complaint(f"tables.{block.name}", f"{text}; name it '{table.key}', or use layout: separate")
+        if table.inner_dim is not None:
+            text = f"is wide, but the tables of '{table.key}' have two layers (inner_dim), one pair for each set"
+            yield Complaint("layout", f"{text}; use layout: separate, or tables.{table.key}.inner_dim: 0")
+
+
+class Block(NamedTuple):
+    """The columns of a table that serve one table set.
+
+    Attributes:
+        table_set: the set's name. name: "<set>_<table>"; the first values depend on it, whatever table they lie in.
+        width: number of columns that are stored.
+    """
+
+    table_set: str
+    name: str
+    width: int
+
 
 @dataclass(frozen=True)
 class Table:
     """One embedding table.
 
     Attributes:
-        name: "<set>_<table>", unique over all sets; part of the parameter's name in checkpoints.
-        num_rows: n. dim: d, the width that is served.
+        name: "<set>_<table>", or "wide_<table>" with a block for each of several sets; part of the parameter's name in
+            checkpoints.
+        blocks: the columns of each set that it serves, from the first column to the last.
+        num_rows: n. dim: d, the width that is served, all blocks together.
         inner_dim: k, the width that is stored and trained, if the table has two layers; None if it has one.
         features: the keys it serves: features, and their views.
         mean_lengths: per feature, mean number of ids per row of a batch.
     """
 
     name: str
+    blocks: tuple[Block, ...]
     num_rows: int
     dim: int
     features: tuple[str, ...]
@@ -102,6 +137,11 @@ class Table:
     kernel: str
     init_bound: float
     inner_dim: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What its settings are called in the `embeddings.tables` section."""
+        return self.name if len(self.blocks) == 1 else self.name.removeprefix(_WIDE)
 
     @property
     def width(self) -> int:
@@ -127,38 +167,41 @@ def view_sets(table_sets: list[TableSet], views: Views) -> list[TableSet]:
 def make_tables(
     table_sets: list[TableSet], schema: Schema, config: EmbeddingsConfig, views: Views | None = None
 ) -> list[Table]:
-    """The tables of all sets, set by set, in the order in which their first feature appears in the set.
+    """The tables of all sets, in the order in which sets and their features ask for them first.
 
     views: extra keys of the features, served by the same tables.
     """
-    tables = []
+    requests: dict[tuple[str, ...], list[tuple[TableSet, str]]] = {}
     for table_set in table_sets:
-        members: dict[str, list[str]] = {}
-        for key in (*table_set.features, *(k for s in view_sets([table_set], views or {}) for k in s.features)):
-            feature = feature_of(key)
-            members.setdefault(schema.sparse[feature].table or feature, []).append(key)
-        tables += [_table(table_set, base, tuple(fs), schema, config) for base, fs in members.items()]
-    return tables
+        for name in (*table_set.features, *(k for s in view_sets([table_set], views or {}) for k in s.features)):
+            feature = feature_of(name)
+            base = schema.sparse[feature].table or feature
+            key = (base,) if config.layout == "wide" else (table_set.name, base)
+            requests.setdefault(key, []).append((table_set, name))
+    return [_table(key[-1], asked, schema, config) for key, asked in requests.items()]
 
 
-def _table(
-    table_set: TableSet, base: str, features: tuple[str, ...], schema: Schema, config: EmbeddingsConfig
-) -> Table:
+def _table(base: str, asked: list[tuple[TableSet, str]], schema: Schema, config: EmbeddingsConfig) -> Table:
+    """asked: every (set, feature or view of one) that reads this table."""
+    table_sets = list(dict.fromkeys(s for s, _ in asked))
+    features = tuple(dict.fromkeys(f for _, f in asked))
     columns = [schema.sparse[feature_of(f)] for f in features]
-    name = f"{table_set.name}_{base}"
-    options = config.tables.get(name) or config.tables.get(base) or TableOptions()
+    own = f"{table_sets[0].name}_{base}"
+    options = config.tables.get(own) or config.tables.get(base) or TableOptions()
     bound = options.init_bound if options.init_bound is not None else config.init_bound
+    inner_dim = _inner_dim(columns[0].num_rows, table_sets[0].dim, options, config)
     return Table(
-        name=name,
+        name=own if len(table_sets) == 1 else f"{_WIDE}{base}",
+        blocks=tuple(Block(s.name, f"{s.name}_{base}", inner_dim or s.dim) for s in table_sets),
         num_rows=columns[0].num_rows,
-        dim=table_set.dim,
+        dim=sum(s.dim for s in table_sets),
         features=features,
         mean_lengths=tuple(c.mean_length for c in columns),
         pooling=options.pooling or config.pooling,
         sharding=options.sharding or config.sharding,
         kernel=options.kernel or config.kernel,
         init_bound=bound if bound is not None else columns[0].num_rows ** -0.5,
-        inner_dim=_inner_dim(columns[0].num_rows, table_set.dim, options, config),
+        inner_dim=inner_dim,
     )
 
 

@@ -12,6 +12,7 @@ _FIXED = (
     "model",
     "auxiliary",
     "embeddings.pooling",
+    "embeddings.layout",
     "embeddings.inner_dim",
     "embeddings.factor_above",
     "embeddings.tables",
@@ -19,7 +20,7 @@ _FIXED = (
     "optim.dense.name",
 )
 # what a bad value does, the planner's estimates, and where a table lies may change; so may what metrics group by
-_FREE = {"on_null", "out_of_range", "fill", "max_length", "mean_length", "sharding", "kernel", "init_bound", "groups"}
+_FREE = {"on_null", "out_of_range", "fill", "max_length", "mean_length", "sharding", "kernel", "init_bound"}
 
 
 def check_compatible(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -55,6 +56,9 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]
         if old != new:
             yield path, old, new
         return
+    if path == "schema.groups":  # a model may have parameters for each value of those with num_ids; the rest is free
+        old, new = ({n: g for n, g in groups.items() if g.get("num_ids")} for groups in (old, new))
+        old, new = {n: old[n] for n in old if n in new}, {n: new[n] for n in old if n in new}
     common = [name for name in old if name in new]
     if path.startswith("schema.") and common != [name for name in new if name in old]:
         yield f"{path} (order)", list(old), list(new)

@@ -229,6 +229,26 @@ def test_a_scale_coarsens_integers_too():
     assert converted(GroupColumn("x", scale=0.5), [5, 4, -1])[0].groups["g"].tolist() == [2, 2, -1]
 
 
+def test_groups_with_a_declared_number_of_values():
+    declared = GroupColumn("x", num_ids=4)
+    assert converted(declared, [3, 0])[0].groups["g"].tolist() == [3, 0]
+    for bad in (4, -1):
+        with pytest.raises(DataError, match=rf"\(group 'g'\): {bad} is outside 0..3 at row 1101 .*raise num_ids"):
+            converted(declared, [0, bad])
+    values = [3, 4, None, -7, 0]
+    fill, counts = converted(GroupColumn("x", num_ids=4, out_of_range="fill", on_null="fill", fill=2), values)
+    assert fill.groups["g"].tolist() == [3, 2, 2, 2, 0]
+    assert counts == {"group 'g'.out_of_range=fill": 2, "x.null=fill": 1}
+    column = GroupColumn("x", num_ids=4, out_of_range="reserved", on_null="reserved")
+    reserved, counts = converted(column, values)
+    assert reserved.groups["g"].tolist() == [3, 4, 4, 4, 0] and column.num_values == 5
+    assert counts == {"group 'g'.out_of_range=reserved": 2, "x.null=reserved": 1}
+    # a null is judged by on_null alone, whatever the file has in its place
+    with pytest.raises(DataError, match="null or NaN"):
+        converted(GroupColumn("x", num_ids=4, out_of_range="fill", fill=0), values)
+    assert (declared.num_values, GroupColumn("x").num_values) == (4, None)
+
+
 def test_id_dtype_is_one_for_all_tables():
     small, large = SparseColumn(2**31 - 1), SparseColumn(2**31 - 1, on_null="reserved")
     assert id_dtype(Schema(labels={}, sparse={"a": small})) == np.int32

@@ -102,20 +102,27 @@ def test_a_best_value_of_another_metric_is_forgotten(data, tmp_path):
 
 
 def test_what_changes_the_meaning_of_parameters_is_refused_and_the_folder_kept(data, tmp_path):
-    run = values(data, tmp_path / "run", train={"steps": 4})
+    domain = {"schema": {"groups": {"domain": {"num_ids": 3}}}}
+    run = values(data, tmp_path / "run", train={"steps": 4}, **domain)
     on = merged(run, {"train": {"steps": 6}})
     refused = [
+        merged(on, {"schema": {"groups": {"domain": {"column": "item", "num_ids": 101}}}}),
+        merged(on, {"embeddings": {"layout": "wide"}}),
         merged(on, {"model": {"dim": 16}}),
         merged(on, {"embeddings": {"pooling": "mean"}, "schema": {"dense": {"d0": {"mean": 5.0}}}}),
         merged(on, {"optim": {"tables": {"name": "sgd"}}}),
     ]
-    allowed = merged(on, {"optim": {"tables": {"lr": 0.5}}, "schema": {"sparse": {"user": {"out_of_range": "hash"}}}})
+    columns = {"sparse": {"user": {"out_of_range": "hash"}}, "groups": {"user": {"column": "item"}}}
+    allowed = merged(on, {"optim": {"tables": {"lr": 0.5}}, "schema": columns})
     run_ranks(train_all, 1, [run])
     before = (tmp_path / "run" / "config.yaml").read_text()
     said = run_ranks(_attempts, 1, refused)[0]
-    assert "model.dim: 8 -> 16" in said[0]
-    assert "schema.dense.d0.mean: 0.0 -> 5.0" in said[1] and "embeddings.pooling: sum -> mean" in said[1]
-    assert "optim.tables.name: rowwise_adagrad -> sgd" in said[2]
+    groups, layout, *said_of = said
+    assert "schema.groups.domain.column: domain -> item" in groups and "domain.num_ids: 3 -> 101" in groups
+    assert "embeddings.layout: separate -> wide" in layout
+    assert "model.dim: 8 -> 16" in said_of[0]
+    assert "schema.dense.d0.mean: 0.0 -> 5.0" in said_of[1] and "embeddings.pooling: sum -> mean" in said_of[1]
+    assert "optim.tables.name: rowwise_adagrad -> sgd" in said_of[2]
     assert all("another run.dir" in text for text in said)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     assert run_ranks(_attempts, 1, [allowed])[0] == ["trained"]
