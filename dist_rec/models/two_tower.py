@@ -79,8 +79,8 @@ class Config:
                     what = "describes the item" if name in of_item else "is not known from the item alone"
                     text = f"names '{name}', which {what}; an item's features are {schema.items.feature} and those"
                     yield Complaint(key, f"{text} with join: {schema.items.feature}")
-        for key, names in zip(("query", "item"), self._inputs(schema), strict=True):
-            if not any(name in schema.sparse for name in names):
+        for key, asked, names in zip(("query", "item"), (self.query, self.item), self._inputs(schema), strict=True):
+            if not any(name in schema.sparse for name in names) and set(asked or ()) <= set(known):
                 yield Complaint(key, "has no sparse feature; a tower needs at least one")
 
     def _inputs(self, schema: Schema) -> tuple[list[str], list[str]]:

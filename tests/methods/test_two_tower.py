@@ -379,6 +379,7 @@ def test_an_item_that_is_missing_stops_the_run_by_name_before_or_while_it_trains
     run = _run(data, tmp_path / "run", 20, data={"train": str(tmp_path / "rows.parquet")})
     with pytest.raises(AssertionError, match="item 3 is not in the item table"):
         run_ranks(_train_all, 1, [run])
-    allowed = merged(run, {"schema": {"items": {"on_missing": "empty"}}})
+    once = {"steps": None, "epochs": 1}
+    allowed = merged(run, {"schema": {"items": {"on_missing": "empty"}}, "train": once})
     (results,) = run_ranks(train_all, 1, [allowed])
-    assert results[0]["data_policies"]["train"] == {"item.missing_item=empty": 4}  # 20 steps of 16 rows are 4 epochs
+    assert results[0]["data_policies"]["train"] == {"item.missing_item=empty": 1}
