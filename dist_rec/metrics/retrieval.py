@@ -32,6 +32,8 @@ class RetrievalMetrics:
     # items, and its positives of earlier splits (for test: train and validation) are left out of its list. Empty: every
     # row is a query, and nothing is left out
     query: str | None = None
+    # sparse features, such as a history, whose ids are left out of the row's list too
+    exclude: list[str] = field(default_factory=list)
     head: float = 0.1  # share of the catalogue, the most frequent items of train, that is the slice "head"
     block: int = 8192  # items that are scored at a time; memory: a batch's queries times this
 
@@ -47,10 +49,25 @@ class RetrievalMetrics:
         if self.query is not None and self.query not in schema.groups:
             known = ", ".join(schema.groups) or "none"
             yield Complaint("query", f"is '{self.query}', which is no group of the schema; known: {known}")
+        for name in self.exclude:
+            if schema.items is None or name not in schema.sparse:
+                yield Complaint(
+                    "exclude", f"names '{name}', which is no sparse feature with items; known: {_items(schema)}"
+                )
+            elif schema.sparse[name].num_ids != schema.sparse[schema.items.feature].num_ids:
+                yield Complaint("exclude", f"names '{name}', which holds no ids of items; known: {_items(schema)}")
         if not 0 < self.head < 1:
             yield Complaint("head", f"is {self.head}; the share of the items that counts as head is between 0 and 1")
         if self.block < 1:
             yield Complaint("block", f"is {self.block}; score at least one item at a time")
+
+
+def _items(schema: Schema) -> str:
+    """The features that hold ids of items, in words."""
+    if schema.items is None or schema.items.feature not in schema.sparse:
+        return "none, as schema.items declares no item"
+    count = schema.sparse[schema.items.feature].num_ids
+    return ", ".join(name for name, column in schema.sparse.items() if column.num_ids == count)
 
 
 def is_retrieval(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -12,12 +13,13 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from dist_rec.contract import StepOutput
 from dist_rec.data.batch import Batch
+from dist_rec.data.ids import Ragged
 from dist_rec.data.loader import Loader
 from dist_rec.data.schema import Schema
 from dist_rec.metrics.compute import MetricsConfig, compute
-from dist_rec.metrics.retrieval import report
+from dist_rec.metrics.retrieval import RetrievalMetrics, report
 from dist_rec.metrics.rows import Rows, RowStore
-from dist_rec.training.retrieval import JUDGED, RetrievalTask, Search, item_vectors
+from dist_rec.training.retrieval import JUDGED, RetrievalTask, Search, item_vectors, listed
 from dist_rec.training.runtime import Runtime
 
 
@@ -112,8 +114,19 @@ def _retrieval(
     vectors = item_vectors(forward(model, batches, count, runtime), len(mine))
     search = Search(task, vectors, config.retrieval, runtime)
     store = RowStore(num_labels=0, groups=[*groups, *JUDGED])
-    for output in predict(model, loader, runtime):
-        store.append(search.judged(output))
+    excluded: deque[list[Ragged]] = deque()  # of the batches that are under way
+    try:
+        queries = _noted(iter(loader), excluded, config.retrieval)
+        for output in forward(model, queries, loader.batches_left or 0, runtime):
+            store.append(search.judged(output, excluded.popleft()))
+    finally:
+        loader.close()
     rows = store.merged(runtime.control)
     metrics = report([rows.groups[name] for name in JUDGED], config.retrieval) if rows is not None else None
     return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts))
+
+
+def _noted(batches: Iterator[Batch], excluded: deque[list[Ragged]], config: RetrievalMetrics) -> Iterator[Batch]:
+    for batch in batches:
+        excluded.append(listed(batch, config))
+        yield batch

@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_rec.contract import StepOutput
+from dist_rec.data.bags import unpacked
 from dist_rec.data.batch import Batch
 from dist_rec.data.catalogue import Catalogue
+from dist_rec.data.ids import Ragged
 from dist_rec.data.join import ITEM
 from dist_rec.data.positives import Positives
 from dist_rec.data.views import Views
@@ -70,12 +72,14 @@ class Search:
         self._slices = frequency_slices(task.frequency, task.catalogue.table.ids, config.head)
         self._rows_seen = 0
 
-    def judged(self, output: StepOutput) -> StepOutput:
-        """`output` with what metrics are computed from as groups: `JUDGED`."""
+    def judged(self, output: StepOutput, excluded: Sequence[Ragged] = ()) -> StepOutput:
+        """`output` with what metrics are computed from as groups: `JUDGED`. excluded: `listed` of the batch."""
         item = output.groups[ITEM].cpu().numpy()
         query = self._queries(output, len(item))
         target = self._task.catalogue.table.rows(np.maximum(item, 0))
-        found = self._best(output.representations["query"], self._excluded(query, target, output.weights.cpu().numpy()))
+        bags = [*excluded, *(p.of(query) for p in self._task.earlier if self._config.query is not None)]
+        pairs = self._excluded(bags, target, output.weights.cpu().numpy())
+        found = self._best(output.representations["query"], pairs)
         hit = (found.rows.cpu() == torch.from_numpy(target)[:, None]) & torch.from_numpy(target >= 0)[:, None]
         rank = torch.where(hit.any(dim=1), hit.int().argmax(dim=1) + 1, 0)
         judged = (query, item, rank.numpy(), self._slices[np.maximum(item, 0)])
@@ -88,13 +92,12 @@ class Search:
         self._rows_seen += count
         return (self._rows_seen - count + np.arange(count)) * self._runtime.world_size + self._runtime.rank
 
-    def _excluded(self, query: np.ndarray, target: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """(2, m): row of the batch and row of the catalogue of each earlier positive other than the row's own item."""
+    def _excluded(self, bags: Sequence[Ragged], target: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """(2, m): row of the batch and row of the catalogue of each id in `bags` other than the row's own item."""
         found = [np.empty((2, 0), np.int64)]
-        for positives in self._task.earlier if self._config.query is not None else ():
-            items = positives.of(query)
+        for items in bags:
             rows = self._task.catalogue.table.rows(items.values)
-            places = np.repeat(np.arange(len(query)), items.lengths)
+            places = np.repeat(np.arange(len(items.lengths)), items.lengths)
             kept = (rows >= 0) & (rows != target[places]) & (weights[places] > 0)
             found.append(np.stack([places[kept], rows[kept]]))
         return np.concatenate(found, axis=1)
@@ -128,6 +131,12 @@ class Search:
 JUDGED = ("retrieval_query", "retrieval_item", "retrieval_rank", "retrieval_slice")
 """Groups that `Search.judged` adds: the query's number, the row's item, its place in the list from 1 (0: not in it) and
 its slice."""
+
+
+def listed(batch: Batch, config: RetrievalMetrics) -> list[Ragged]:
+    """The bags of the features whose ids are left out of the lists; of a batch in host memory."""
+    bags = unpacked(batch.sparse) if config.exclude else {}
+    return [bags[name] for name in config.exclude]
 
 
 def gathered(values: Tensor, runtime: Runtime) -> Tensor:

@@ -282,7 +282,7 @@ def _evaluated(rank: int, world_size: int, config: RunConfig) -> dict[str, float
     return found.metrics
 
 
-def _by_hand(config: RunConfig, query: str | None) -> dict[str, float]:
+def _by_hand(config: RunConfig, query: str | None, exclude: list[str]) -> dict[str, float]:
     """Lists by a full sort of all items, on one process; recall and MRR by a loop."""
     model, tables = build(config, table_device="cpu")
     initialise(model.state_dict(), tables, config.run.seed)
@@ -302,10 +302,13 @@ def _by_hand(config: RunConfig, query: str | None) -> dict[str, float]:
     places = []
     for batch in loader:
         scores = model(batch)[1].representations["query"] @ vectors.T
+        own = [jagged.tolist() for jagged in batch.sparse["history"].to_dense()]
         for n in torch.nonzero(batch.weights).flatten().tolist():
+            left_out = set(own[n]) if exclude else set()
             user, item = int(batch.groups["user"][n]), int(batch.groups[ITEM][n])
             order = [int(catalogue.table.ids[i]) for i in scores[n].argsort(descending=True)]
-            listed = [i for i in order if query is None or i == item or i not in earlier[user]]
+            left_out |= earlier[user] if query else set()
+            listed = [i for i in order if i == item or i not in left_out]
             places.append((user if query else len(places), item, listed.index(item) + 1))
     queries = defaultdict(dict)
     for user, item, place in places:
@@ -335,12 +338,12 @@ class JobDataOnOne:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("query", ["user", None])
-def test_lists_over_the_whole_catalogue_are_exact_on_any_number_of_ranks(data, tmp_path, query):
-    settings = {"metrics": {"retrieval": {"k": [3, 20], "query": query, "block": 10}}, **SSL}
+@pytest.mark.parametrize(("query", "exclude"), [("user", []), (None, []), ("user", ["history"]), (None, ["history"])])
+def test_lists_over_the_whole_catalogue_are_exact_on_any_number_of_ranks(data, tmp_path, query, exclude):
+    settings = {"metrics": {"retrieval": {"k": [3, 20], "query": query, "exclude": exclude, "block": 10}}, **SSL}
     # initial values far apart, so that no two items have nearly the same score
     config = _config(data, tmp_path, merged(settings, {"embeddings": {"init_bound": 1.0}}))
-    expected = _by_hand(config, query)
+    expected = _by_hand(config, query, exclude)
     for world_size in (1, 2, 3):
         metrics = run_ranks(_evaluated, world_size, config)
         assert all(m == pytest.approx(metrics[0], nan_ok=True) for m in metrics)

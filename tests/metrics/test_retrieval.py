@@ -81,6 +81,6 @@ def test_names_say_what_is_better_and_settings_are_checked():
     listed = names(schema, MetricsConfig(), "retrieval")
     assert [n for n in listed if direction(n) == 1] == [n for n in listed if not n.endswith("/ci")]
     assert all(direction(n) == 0 for n in listed if n.endswith("/ci"))
-    bad = RetrievalMetrics(k=[10, 0], query="usr", head=1.0, block=0)
-    assert {c.key for c in bad.check(schema)} == {"k", "query", "head", "block"}
+    bad = RetrievalMetrics(k=[10, 0], query="usr", head=1.0, block=0, exclude=["s"])
+    assert {c.key for c in bad.check(schema)} == {"k", "query", "head", "block", "exclude"}
     assert list(RetrievalMetrics(query="user").check(schema)) == []
