@@ -9,8 +9,13 @@ from collections.abc import Sequence
 
 VERBS = {
     "init": ("dist_rec.init", "write a commented starting config for a Parquet data set"),
+    "prepare": ("dist_rec.prepare", "turn the raw files of a public data set into Parquet with a schema"),
     "train": ("dist_rec.train", "train a model by a config"),
     "evaluate": ("dist_rec.evaluate", "evaluate a trained run"),
+    "export": ("dist_rec.export", "write what is served of a trained run: one layer per table, no process group"),
+    "predict": ("dist_rec.predict", "score a Parquet data set with an export"),
+    "cohorts": ("dist_rec.cohorts", "find the two cohorts whose predictions differ most"),
+    "report": ("dist_rec.report", "compare trained runs on one HTML page"),
     "correlation": ("dist_rec.correlation", "measure how much the columns of an item table say about each other"),
     "plan": ("dist_rec.plan", "show which rank would hold which table, offline"),
 }

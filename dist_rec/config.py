@@ -6,6 +6,7 @@ Each component checks its own part; this file gathers the complaints and reports
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from dist_rec.embeddings.sharding import ShardingConfig, check_columns, check_ke
 from dist_rec.embeddings.tables import EmbeddingsConfig, make_tables
 from dist_rec.metrics.compute import MetricsConfig
 from dist_rec.metrics.compute import names as metric_names
+from dist_rec.serving.collapse import ExportConfig
 from dist_rec.settings import COMPONENT, Choice, Complaint, ConfigError, gather, parse
 from dist_rec.training.checkpoint import CheckpointConfig
 from dist_rec.training.evaluation import EvaluateConfig
@@ -64,6 +66,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
@@ -117,10 +120,11 @@ class RunConfig:
             yield from gather("metrics", self.metrics.check(schema))
         parts = {"model": self.model, "objective": self.objective}
         parts |= {f"auxiliary.{name}": part for name, part in (self.auxiliary or {}).items()}
-        for key, part in parts.items():
-            if part is not None:
-                yield from gather(key, part.check(schema))
-        if self.model and self.embeddings:
+        wrong = {key: list(gather(key, part.check(schema))) for key, part in parts.items() if part is not None}
+        for complaints in wrong.values():
+            yield from complaints
+        # an arch with a complaint may not be able to say which tables it wants
+        if self.model and not wrong["model"] and self.embeddings:
             sets = self.model.table_sets(schema)
             yield from gather("embeddings", self.embeddings.check(sets, schema))
             tables = make_tables(sets, schema, self.embeddings)
@@ -161,9 +165,21 @@ def read(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return values  # type: ignore[return-value]
 
 
+def overrides_mapping(overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested mapping of `key=value` texts, not yet typed."""
+    values = OmegaConf.to_container(_read_overrides(overrides), resolve=True)
+    assert isinstance(values, dict)
+    return values  # type: ignore[return-value]
+
+
 def _read_file(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     if path.resolve() in seen:
         raise ConfigError([Complaint("base", f"of {path} leads back to itself; remove the circle")])
+    if not path.is_file() and seen:
+        text = (
+            f"does not exist, and {seen[-1]} builds on it; make it first (that file's header says how), or correct base"
+        )
+        raise ConfigError([Complaint(os.path.normpath(path), text)])
     if not path.is_file():
         known = sorted(str(p) for p in Path("configs").rglob("*.yaml"))
         raise ConfigError(
@@ -207,6 +223,14 @@ def _merged(what: str, *layers: DictConfig) -> DictConfig:
         raise ConfigError([Complaint(what, f"does not fit what it overrides ({reason}); keep its shape")]) from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(values of the keys without a dot, which are a verb's own options; the others, which override a config)."""
+    own = [a for a in arguments if "." not in a.partition("=")[0] or a.startswith("-")]
+    values = OmegaConf.to_container(_read_overrides(own))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}, [a for a in arguments if a not in own]
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:

@@ -57,7 +57,9 @@ class StepOutput(NamedTuple):
 
     predictions: (B, T) logits, float32. labels: (B, T). weights: (B,), 0 for padding rows. groups: name -> (B,).
     losses: name -> scalar, the weighted terms whose sum was minimised on this rank; none in eval mode.
-    representations: name -> (B, dim) float32, the arch's, in eval mode only.
+    compared: (B, R) float32, the representations that the metrics compare, side by side; None in training.
+    representations: name -> (B, dim) float32, those that are served, of a model that is judged by retrieval; none in
+        training.
     """
 
     predictions: Tensor
@@ -65,6 +67,7 @@ class StepOutput(NamedTuple):
     weights: Tensor
     groups: dict[str, Tensor]
     losses: dict[str, Tensor]
+    compared: Tensor | None = None
     representations: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -84,10 +87,15 @@ class Encode(Protocol):
         """Returns (B, dim). change: what to do with the view's looked-up rows, (B, F, D), before they are encoded."""
 
 
+AUXILIARIES = "dense.auxiliaries."
+"""How the names of an auxiliary's parameters begin in a model and in its checkpoints; the auxiliary's name follows."""
+
+
 class LossTerms(Protocol):
     """An objective or an auxiliary: an `nn.Module` that returns named, already weighted terms and never calls backward.
 
-    A term is this rank's share such that the mean over ranks is the global value: DDP averages gradients.
+    A term is this rank's share such that the mean over ranks is the global value: DDP averages gradients. One that
+    works on the arch's own parameters (gradient surgery) has a method `bind(arch)`, called once before training.
     """
 
     def __call__(self, output: ArchOutput, batch: Batch, encode: Encode) -> dict[str, Tensor]:

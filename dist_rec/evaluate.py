@@ -14,6 +14,7 @@ from dist_rec.data.ids import describe_policies
 from dist_rec.data.schema import Schema
 from dist_rec.job import load_config, restore, run_entry
 from dist_rec.metrics.rows import Rows
+from dist_rec.serving.scores import score_columns
 from dist_rec.training.evaluation import evaluate
 from dist_rec.training.report import format_table, to_json
 from dist_rec.training.runtime import Runtime, process
@@ -28,8 +29,10 @@ Overrides:
   evaluate.split=test              train, validation or test (default: test)
   evaluate.step=1000               which checkpoint; default: the best of an early-stopping run, else the newest
   evaluate.predictions=out.parquet also write every row of weight > 0, in the order of the files: logit_<label>,
-                                   label_<label>, weight, and a column per group of the schema
+                                   probability_<label> (of binary labels), label_<label>, weight, and a column per group
+                                   of the schema
   data.test=PATH                   evaluate other files
+  metrics.information_abundance=true metrics.correlation=[expert_*]   diagnose tables and representations too
 
 On several ranks:  torchrun --nproc-per-node 2 -m dist_rec.evaluate CONFIG [key=value ...]
 """
@@ -46,13 +49,17 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     trained = restore(config, runtime)
     groups = list(config.schema.groups) if config.evaluate.predictions else None
     loader, task = trained.data.once(split), trained.data.task(split)
-    found = evaluate(trained.model, loader, config.schema, config.metrics, runtime, groups, task)
+    found = evaluate(trained.model, loader, config.schema, config.metrics, runtime, groups, trained.diagnostics, task)
     step, path = trained.checkpoint.step, trained.checkpoint.path
     result = {"step": step, "split": split, "metrics": found.metrics, "data_policies": found.policies}
+    if found.diagnostics:
+        result["diagnostics"] = found.diagnostics
     if found.rows is not None:
         (folder / f"evaluation-{split}.json").write_text(to_json(result, indent=1))
         print(f"step {step}, {path}")
         print(format_table({split: found.metrics}))
+        if found.diagnostics:
+            print("\n".join(f"{name}  {value:.5f}" for name, value in found.diagnostics.items()))
         if found.policies:
             print(describe_policies(found.policies))
         if config.evaluate.predictions:
@@ -62,11 +69,9 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
 
 
 def write_predictions(rows: Rows, schema: Schema, path: Path) -> None:
-    """Rows as Parquet, in their order: logit_<label>, label_<label>, weight, and a column per group."""
-    columns: dict[str, Any] = {}
-    for i, label in enumerate(schema.labels):
-        columns[f"logit_{label}"] = rows.predictions[:, i]
-        columns[f"label_{label}"] = rows.labels[:, i]
+    """Rows as Parquet, in their order: the columns of `score_columns`, label_<label>, weight, one per group."""
+    columns: dict[str, Any] = score_columns(rows.predictions, schema)
+    columns |= {f"label_{label}": rows.labels[:, i] for i, label in enumerate(schema.labels)}
     columns |= {"weight": rows.weights, **rows.groups}
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)

@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -19,23 +21,26 @@ from dist_rec.contract import Fill
 from dist_rec.data import synthetic
 from dist_rec.data.batch import Batch
 from dist_rec.data.catalogue import Catalogue
-from dist_rec.data.footers import DataError, FileFooter, check_columns, read_footers
+from dist_rec.data.footers import DataError, FileFooter, check_columns, fingerprint, read_footers
 from dist_rec.data.item_table import ItemTable
 from dist_rec.data.join import Join
 from dist_rec.data.loader import Loader, Transform
 from dist_rec.data.positives import Positives
+from dist_rec.data.scan import scan_groups
 from dist_rec.data.views import Views, with_empty_views
 from dist_rec.embeddings.sharding import PlanError
 from dist_rec.recommender import distribute
+from dist_rec.serving.tensor_file import TensorFileError
 from dist_rec.settings import Complaint, ConfigError
 from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError
+from dist_rec.training.evaluation import Diagnostics
 from dist_rec.training.retrieval import RetrievalTask
-from dist_rec.training.runtime import Runtime, rank_from_environment
+from dist_rec.training.runtime import Runtime, check_writable, rank_from_environment
 from dist_rec.training.trainer import TrainingStopped
 
 log = logging.getLogger(__name__)
 
-USER_ERRORS = (ConfigError, DataError, PlanError, CheckpointError, TrainingStopped)
+USER_ERRORS = (ConfigError, DataError, PlanError, CheckpointError, TensorFileError, TrainingStopped)
 """Errors whose message is all a user needs; they end the process without a traceback."""
 
 
@@ -101,6 +106,15 @@ def quiet_libraries() -> None:
 def load_config(arguments: Sequence[str]) -> RunConfig:
     """The config of `CONFIG [key=value ...]`."""
     return load(arguments[0], arguments[1:])
+
+
+def check_output(path: str, suffix: str) -> Iterator[Complaint]:
+    """Complaints about the option `output`, a file to be written, before anything is computed for it."""
+    file = Path(path)
+    if file.is_dir() or file.suffix != suffix:
+        yield Complaint("output", f"is '{path}'; name a file that ends with {suffix}")
+    else:
+        yield from check_writable(file.parent, "output")
 
 
 _LEFT_ALONE = ("Connection closed by peer", "Connection reset by peer")
@@ -199,6 +213,15 @@ class JobData:
         """One pass over a split that the config has, in file order."""
         return self._loader(name)
 
+    def scan(self, name: str, groups: Sequence[str]) -> Iterator[dict[str, NDArray[np.int64]]]:
+        """This rank's share of a split's rows, some groups of the schema alone; see `data.scan`."""
+        footers, runtime = self._footers[name], self._runtime
+        return scan_groups(footers, self._config.schema, groups, runtime.rank, runtime.world_size)
+
+    def fingerprint(self, name: str) -> dict[str, int | str]:
+        """What tells a split's files from others; see `footers.fingerprint`."""
+        return fingerprint(self._footers[name])
+
     def _loader(
         self,
         split: str,
@@ -251,6 +274,7 @@ class Trained(NamedTuple):
     checkpoint: Checkpoint
     model: DistributedModelParallel
     data: JobData
+    diagnostics: Diagnostics
 
 
 def restore(config: RunConfig, runtime: Runtime) -> Trained:
@@ -268,9 +292,9 @@ def restore(config: RunConfig, runtime: Runtime) -> Trained:
     checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", config.checkpoint, runtime)
     checkpoint = checkpointer.trained(config.evaluate.step)
     data = JobData(config, runtime, splits=(split,))
-    model = distribute(config, runtime).model
-    checkpointer.load(checkpoint, model, None)
-    return Trained(checkpoint, model, data)
+    parts = distribute(config, runtime)
+    checkpointer.load(checkpoint, parts.model, None)
+    return Trained(checkpoint, parts.model, data, parts.diagnostics)
 
 
 def _read_splits(config: RunConfig, splits: Sequence[str], world_size: int) -> dict[str, list[FileFooter]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,34 +14,58 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
 from dist_rec.config import RunConfig
-from dist_rec.contract import StepOutput
+from dist_rec.contract import ArchOutput, StepOutput
 from dist_rec.data.batch import Batch
 from dist_rec.data.views import view_key
 from dist_rec.embeddings import sharding
+from dist_rec.embeddings.abundance import information_abundance
 from dist_rec.embeddings.stage import EmbeddingStage
 from dist_rec.embeddings.tables import Table, make_tables, view_sets
+from dist_rec.metrics.representations import chosen
+from dist_rec.training.evaluation import Diagnostics
 from dist_rec.training.optim import StepOptimizer, fuse_table_optimizer
 from dist_rec.training.runtime import Runtime
 
 
 class DensePart(nn.Module):
-    """Arch, objective and auxiliaries: everything that is data-parallel.
+    """Arch, objective and auxiliaries: everything that is data-parallel. A model that only serves has no objective.
 
     TorchRec traces only modules that contain a sharded one, so what is below this module may be ordinary Python.
+
+    Args:
+        compared: representations of the arch, name -> columns, that each step of an evaluation leaves side by side.
+        served: those that it leaves by name.
     """
 
-    def __init__(self, arch: nn.Module, objective: nn.Module, auxiliaries: Mapping[str, nn.Module], precision: str):
+    def __init__(
+        self,
+        arch: nn.Module,
+        objective: nn.Module,
+        auxiliaries: Mapping[str, nn.Module],
+        precision: str,
+        compared: Mapping[str, int],
+        served: Sequence[str],
+    ):
         super().__init__()
         self.arch: Any = arch
-        self.objective = objective
+        self.objective: Any = objective
         self.auxiliaries = nn.ModuleDict(auxiliaries)
         self._precision = precision
+        self.compared = dict(compared)
+        self._served = tuple(served)
+        for part in (objective, *auxiliaries.values()):
+            if callable(bind := getattr(part, "bind", None)):
+                bind(arch)
+
+    def score(self, batch: Batch, tables: dict[str, Tensor]) -> ArchOutput:
+        """tables: set name -> (B, F, D). What the arch makes of them; predictions (B, T) in float32."""
+        with torch.autocast(batch.dense.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+            output = self.arch(batch.dense, tables, batch.groups)
+        return output._replace(predictions=output.predictions.float())
 
     def forward(self, batch: Batch, tables: dict[str, Tensor]) -> tuple[Tensor, StepOutput]:
         """tables: set name -> (B, F, D). Returns the loss to minimise (scalar, float32) and what the step leaves."""
-        with torch.autocast(batch.dense.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-            output = self.arch(batch.dense, tables, batch.groups)
-        output = output._replace(predictions=output.predictions.float())
+        output = self.score(batch, tables)
         left = StepOutput(
             predictions=output.predictions.detach(),
             labels=batch.labels,
@@ -50,8 +74,9 @@ class DensePart(nn.Module):
             losses={},
         )
         if not self.training:  # nobody asks for a loss, and one over the batches of all ranks would cost an exchange
-            seen = {name: r.detach().float() for name, r in output.representations.items()}
-            return output.predictions.new_zeros(()), left._replace(representations=seen)
+            kept = {name: output.representations[name].detach().float() for name in self._served}
+            compared = self._side_by_side(output) if self.compared else None
+            return output.predictions.new_zeros(()), left._replace(compared=compared, representations=kept)
         encode = partial(self._encode, batch, tables)
         terms: dict[str, Tensor] = dict(self.objective(output, batch, encode))
         devices = [batch.dense.device] if batch.dense.device.type == "cuda" else []
@@ -71,6 +96,9 @@ class DensePart(nn.Module):
         with torch.autocast(batch.dense.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
             return self.arch.encode(batch, tables, view)
 
+    def _side_by_side(self, output: ArchOutput) -> Tensor:
+        return torch.cat([output.representations[name].detach().float() for name in self.compared], dim=1)
+
 
 class Recommender(nn.Module):
     """The root: look up, then everything else. Both lines must stay traceable by torch.fx."""
@@ -83,6 +111,10 @@ class Recommender(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         """One step on one rank's batch: (loss, detached outputs)."""
         return self.dense(batch, self.embeddings(batch.sparse))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, T) float32, for models that are not sharded; labels, weights and an objective are not needed."""
+        return self.dense.score(batch, self.embeddings(batch.sparse)).predictions
 
 
 def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, list[Table]]:
@@ -99,6 +131,7 @@ def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, l
         [*sets, *view_sets(sets, views)],
         is_weighted=schema.is_weighted,
         project=config.embeddings.project,
+        train_projection=config.embeddings.train_projection,
         device=torch.device(table_device),
     )
     torch.manual_seed(config.run.seed)
@@ -106,17 +139,43 @@ def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, l
     objective = config.objective.build(schema, arch.representation_dims)
     with torch.random.fork_rng(devices=[]):
         extra = {name: c.build(schema, arch.representation_dims) for name, c in config.auxiliary.items()}
-    return Recommender(stage, DensePart(arch, objective, extra, config.train.precision)), tables
+    compared = chosen(config.metrics.correlation, arch.representation_dims)
+    by_name = ("query", "item") if config.evaluation == "retrieval" else ()
+    dense = DensePart(arch, objective, extra, config.train.precision, compared, by_name)
+    return Recommender(stage, dense), tables
+
+
+def plain(config: RunConfig) -> RunConfig:
+    """The config of the model that is served, on one device: single-layer tables, no auxiliaries.
+
+    How a table pools stays; where it lies and how it is trained does not concern a server.
+    """
+    given = config.embeddings
+    own = {name: replace(o, inner_dim=None, sharding=None, kernel=None) for name, o in given.tables.items()}
+    single = replace(given, inner_dim=None, sharding="auto", kernel="auto", tables=own)
+    return replace(config, auxiliary={}, embeddings=single)
+
+
+def served(config: RunConfig) -> Recommender:
+    """The model that `plain(config)` trains, without its objective; unsharded, its tables on the meta device."""
+    model, _ = build(plain(config))
+    model.dense.objective = None
+    return model
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """A model spread over the ranks, ready to train."""
+    """A model spread over the ranks, ready to train.
+
+    Attributes:
+        diagnostics: what there is to say of it at an evaluation.
+    """
 
     model: DistributedModelParallel
     optimizer: StepOptimizer
     tables: list[Table]
     plan: ShardingPlan
+    diagnostics: Diagnostics
 
 
 def distribute(config: RunConfig, runtime: Runtime, saved: Mapping[str, str] | None = None) -> Distributed:
@@ -125,6 +184,7 @@ def distribute(config: RunConfig, runtime: Runtime, saved: Mapping[str, str] | N
     saved: table name -> sharding type of the checkpoint that will be loaded into it.
     """
     model, tables = build(config)
+    compared = model.dense.compared
     fuse_table_optimizer(model.embeddings.collection.parameters(), config.optim.tables)
     plan = plan_tables(
         config,
@@ -149,7 +209,12 @@ def distribute(config: RunConfig, runtime: Runtime, saved: Mapping[str, str] | N
     )
     # from here on random numbers (dropout) are the rank's own
     torch.manual_seed(config.run.seed + 1 + runtime.rank)
-    return Distributed(sharded, StepOptimizer(sharded, config.optim), tables, plan)
+
+    def of_tables() -> dict[str, float]:
+        asked = config.metrics.information_abundance
+        return information_abundance(sharded.state_dict(), tables, runtime.control) if asked else {}
+
+    return Distributed(sharded, StepOptimizer(sharded, config.optim), tables, plan, Diagnostics(compared, of_tables))
 
 
 def plan_tables(

@@ -27,6 +27,11 @@ class Complaint(NamedTuple):
         return Complaint(".".join(part for part in (prefix, self.key) if part), self.text)
 
 
+def complain(problems: Mapping[str, str | None]) -> Iterator[Complaint]:
+    """A complaint for every key that has a problem."""
+    return (Complaint(key, text) for key, text in problems.items() if text is not None)
+
+
 class ConfigError(ValueError):
     """Every complaint about a config, in one message."""
 

@@ -20,6 +20,7 @@ from dist_rec.training.evaluation import Evaluation, evaluate
 from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime, process
 from dist_rec.training.trainer import Trainer
+from dist_rec.training.weights import WeightRecorder
 
 USAGE = """usage: dist-rec train CONFIG [key=value ...]
 
@@ -63,8 +64,9 @@ class _Training:
             )
         self.data = JobData(config, runtime)
         saved, cursor = None, None
+        self.renewed: list[str] = []
         if self.checkpoint is not None:
-            check_compatible(self.checkpoint.meta["config"], to_mapping(config))
+            self.renewed = check_compatible(self.checkpoint.meta["config"], to_mapping(config))
             saved, cursor = self.checkpoint.meta["plan"], self.checkpoint.meta["cursor"]
         self.parts = distribute(config, runtime, saved)
         if saved is not None:
@@ -92,7 +94,7 @@ class _Training:
         try:
             trainer = self._trainer(reporter, total_steps)
             if self.checkpoint is not None:
-                trainer.resume(self.checkpoint)
+                trainer.resume(self.checkpoint, self.renewed)
             if is_main:  # not before: a resume that is refused must leave the folder as it describes its checkpoints
                 self._write_folder(reporter)
             if self.checkpoint is not None:
@@ -102,6 +104,8 @@ class _Training:
                     f"continuing after step {self.checkpoint.step} from {self.checkpoint.path}, "
                     f"written by {self.checkpoint.meta['world_size']} rank(s)"
                 )
+                for name in self.renewed:
+                    reporter.line(f"auxiliary {name}: {'starts anew' if name in config.auxiliary else 'dropped'}")
                 if p.step >= total_steps:
                     end = f"nothing to train: train.steps and train.epochs end at step {total_steps}"
                     reporter.line(f"{end}; raise them to go on, or choose another run.dir to start anew")
@@ -146,6 +150,7 @@ class _Training:
             config=config.train,
             metrics=config.metrics,
             reporter=reporter,
+            weights=WeightRecorder(self.parts.model, config.report.weights),
             checkpointer=self.checkpointer,
             runtime=self.runtime,
             total_steps=total_steps,
@@ -157,19 +162,23 @@ class _Training:
 
     def _evaluation(self, split: str) -> Callable[[], Evaluation] | None:
         """Evaluates the model as it then is on a split; None if the config has none."""
-        loader, config = self.data.split(split), self.config
+        loader, config, parts = self.data.split(split), self.config, self.parts
         if loader is None:
             return None
         task = self.data.task(split)
-        return lambda: evaluate(self.parts.model, loader(), config.schema, config.metrics, self.runtime, task=task)
+        return lambda: evaluate(
+            parts.model, loader(), config.schema, config.metrics, self.runtime,
+            diagnostics=parts.diagnostics, task=task,
+        )  # fmt: skip
 
     def _finish(self, trainer: Trainer, validation: Evaluation | None, reporter: Reporter) -> dict[str, Any]:
         metrics, policies = {"train": trainer.window_metrics()}, {"train": trainer.policies()}
         found = {"validation": validation} if validation is not None else {}
         test = self._evaluation("test")
         if test is not None:
-            found["test"] = test()
-            reporter.evaluation(trainer.progress.step, trainer.progress.examples, "test", found["test"].metrics)
+            found["test"] = tested = test()
+            p = trainer.progress
+            reporter.evaluation(p.step, p.examples, "test", tested.metrics, tested.diagnostics)
         for split, result in found.items():
             metrics[split], policies[split] = result.metrics, result.policies
         for split, counts in policies.items():
@@ -190,6 +199,8 @@ class _Training:
             "data_policies": policies,
             "versions": versions.installed(),
         }
+        if any(result.diagnostics for result in found.values()):
+            summary["diagnostics"] = {split: result.diagnostics for split, result in found.items()}
         reporter.finish(summary)
         return summary
 

@@ -46,14 +46,20 @@ def config(**sections: Any) -> RunConfig:
 def global_batch(schema: Schema, step: int, rows: int) -> Batch:
     """Batch number `step` of all ranks together: `rows` rows, bags of 0 to 4 ids where multi-valued."""
     generator = torch.Generator().manual_seed(1000 + step)
-    lengths, values = [], []
+    lengths, values, weights = [], [], None
     for column in schema.sparse.values():
         bags = torch.randint(0, 5, (rows,), generator=generator) if column.multi else torch.ones(rows, dtype=torch.long)
         lengths.append(bags.to(torch.int32))
         values.append(torch.randint(0, column.num_ids, (int(bags.sum()),), generator=generator))
+    if schema.is_weighted:  # as the loader has it: 1 where a feature has no weights
+        draws = [torch.rand(len(v), generator=generator) for v in values]
+        has = [c.weights is not None for c in schema.sparse.values()]
+        weights = torch.cat([d if h else torch.ones_like(d) for d, h in zip(draws, has, strict=True)])
     return Batch(
         dense=torch.randn(rows, len(schema.dense), generator=generator),
-        sparse=KeyedJaggedTensor(keys=list(schema.sparse), values=torch.cat(values), lengths=torch.cat(lengths)),
+        sparse=KeyedJaggedTensor(
+            keys=list(schema.sparse), values=torch.cat(values), lengths=torch.cat(lengths), weights=weights
+        ),
         labels=(torch.rand(rows, len(schema.labels), generator=generator) > 0.6).float(),
         weights=torch.ones(rows),
         groups={name: torch.randint(0, 3, (rows,), generator=generator) for name in schema.groups},
@@ -64,14 +70,21 @@ def share(batch: Batch, rank: int, world_size: int) -> Batch:
     """The rows of a global batch that fall to one rank."""
     rows = len(batch.weights) // world_size
     low, high = rank * rows, (rank + 1) * rows
-    lengths, values = [], []
+    lengths, values, weights = [], [], []
     for jagged in batch.sparse.to_dict().values():
         offsets = jagged.offsets()
         lengths.append(jagged.lengths()[low:high])
-        values.append(jagged.values()[int(offsets[low]) : int(offsets[high])])
+        run = slice(int(offsets[low]), int(offsets[high]))
+        values.append(jagged.values()[run])
+        weights += [] if jagged.weights_or_none() is None else [jagged.weights()[run]]
     return Batch(
         dense=batch.dense[low:high],
-        sparse=KeyedJaggedTensor(keys=batch.sparse.keys(), values=torch.cat(values), lengths=torch.cat(lengths)),
+        sparse=KeyedJaggedTensor(
+            keys=batch.sparse.keys(),
+            values=torch.cat(values),
+            lengths=torch.cat(lengths),
+            weights=torch.cat(weights) if weights else None,
+        ),
         labels=batch.labels[low:high],
         weights=batch.weights[low:high],
         groups={name: values[low:high] for name, values in batch.groups.items()},

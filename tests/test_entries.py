@@ -65,7 +65,8 @@ def test_evaluate_says_what_train_said(data, tmp_path, world_size):
     assert f"{evaluated['metrics']['auc']:.5f}" in printed[0]
 
     rows = pq.read_table(out)
-    assert set(rows.column_names) == {"logit_click", "label_click", "weight", "row", "domain", "user"}
+    columns = {"logit_click", "probability_click", "label_click", "weight", "row", "domain", "user"}
+    assert set(rows.column_names) == columns
     assert rows.column("row").to_pylist() == list(range(EVAL_ROWS))
     got = auc(*(rows.column(name).to_numpy() for name in ("logit_click", "label_click", "weight")))
     assert got == pytest.approx(result["metrics"]["test"]["auc"], abs=1e-12)
@@ -175,7 +176,9 @@ def test_help_of_the_command_and_of_each_verb(capsys):
     assert end.value.code == 2
 
 
-@pytest.mark.parametrize(("verb", "hint"), [("trian", "did you mean 'train'?"), ("xyz", "verbs: init, train, eval")])
+@pytest.mark.parametrize(
+    ("verb", "hint"), [("trian", "did you mean 'train'?"), ("xyz", "verbs: init, prepare, train, eval")]
+)
 def test_an_unknown_verb_is_named(verb, hint):
     with pytest.raises(SystemExit) as end:
         cli.main([verb, "config.yaml"])

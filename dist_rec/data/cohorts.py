@@ -6,6 +6,7 @@ A row is in a cohort if its cell is the cohort's on every axis. Letters: B rows.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -51,6 +52,10 @@ class Masks(NamedTuple):
     tail: Tensor
 
 
+PARTS = ("head", "tail", "rest")
+"""What the two cohorts divide all rows into."""
+
+
 @dataclass
 class Cohorts:
     """Head and tail, and their shares of the data they were found in; a `cohorts.json` holds these keys."""
@@ -64,6 +69,7 @@ class Cohorts:
     head_mass: float  # share of all rows that are in the head
     tail_mass: float
     label: str | None = None  # that `*_rate` count; may be left out
+    path: str | None = None  # of the file this was read from, for the record
 
     def masks(self, groups: Mapping[str, Tensor]) -> Masks:
         """Which rows are in the head and which in the tail. groups: name -> (B,) int64, the axes among them."""
@@ -73,6 +79,11 @@ class Cohorts:
             return torch.stack([cells[name] == cohort[name] for name in self.axes]).all(dim=0)
 
         return Masks(inside(self.head), inside(self.tail))
+
+    def parts(self, groups: Mapping[str, Tensor]) -> Tensor:
+        """(3, B) bool: which rows are in the head, in the tail, in neither (`PARTS`). groups: as for `masks`."""
+        head, tail = self.masks(groups)
+        return torch.stack([head, tail, ~(head | tail)])
 
     def check(self) -> Iterator[Complaint]:
         """Everything that is wrong with the definition itself."""
@@ -134,12 +145,48 @@ def read(path: str | Path) -> Cohorts:
     if not isinstance(values, dict):
         raise ConfigError([Complaint(str(path), "is not a JSON object; `dist-rec cohorts` writes such a file")])
     complaints: list[Complaint] = []
-    known = {field.name for field in fields(Cohorts)}
-    cohorts = parse(Cohorts, {key: value for key, value in values.items() if key in known}, complaints)
+    known = {field.name for field in fields(Cohorts)} - {"path"}
+    found = {key: value for key, value in values.items() if key in known}
+    cohorts = parse(Cohorts, {**found, "path": str(path)}, complaints)
     complaints += [] if complaints else cohorts.check()
     if complaints:
         raise ConfigError(gather(str(path), complaints))
     return cohorts
+
+
+@dataclass(kw_only=True)
+class CohortsConfig:
+    """The part of a component's settings that says which rows are in the head and which in the tail."""
+
+    # path of a cohorts.json, or what is in one. The file is read once: the config that a run saves carries its content,
+    # so that a run that is continued, repeated or evaluated by it has the cohorts that it began with
+    cohorts: str | Cohorts
+
+    def __post_init__(self) -> None:
+        """Puts the content in the place of the path; a file that cannot be used is left to `check_cohorts`."""
+        if isinstance(self.cohorts, str):
+            with contextlib.suppress(ConfigError):
+                self.cohorts = read(self.cohorts)
+
+    @property
+    def found(self) -> Cohorts:
+        """The cohorts; ConfigError if the file cannot be used."""
+        return read(self.cohorts) if isinstance(self.cohorts, str) else self.cohorts
+
+    def check_cohorts(self, schema: Schema) -> Iterator[Complaint]:
+        """Complaints about the file, its content, and what of it the schema does not have."""
+        try:
+            complaints = [*self.found.check()] or [*self.found.check_schema(schema)]
+        except ConfigError as error:
+            complaints = error.complaints
+        yield from gather("cohorts", complaints)
+
+    def check_labels(self, schema: Schema) -> Iterator[Complaint]:
+        """A complaint for each label that is not binary, for losses that take all labels."""
+        for name, label in schema.labels.items():
+            if label.kind != "binary":
+                text = f"is a loss for labels 0 and 1, but label '{name}' has kind: {label.kind}"
+                yield Complaint("name", f"{text}; declare it binary if it only holds 0 and 1, or choose another one")
 
 
 def _ascending(edges: Sequence[float]) -> bool:

@@ -18,7 +18,8 @@ import numpy as np
 from dist_rec.data.cached import built
 from dist_rec.data.footers import DataError, FileFooter, content_key
 from dist_rec.data.ids import PolicyCounts, Ragged, ragged_index
-from dist_rec.data.parquet import Columns, Place, id_dtype, is_fixed, scan
+from dist_rec.data.parquet import Columns, Place, id_dtype, is_fixed
+from dist_rec.data.scan import scan_columns
 from dist_rec.data.schema import Schema
 
 _FORMAT = 1
@@ -108,7 +109,7 @@ def _raw(path: Path, dtype: np.dtype) -> np.ndarray:
 def _build(key: str, schema: Schema, footers: Sequence[FileFooter], folder: Path) -> None:
     """Writes the store, one row group in memory at a time."""
     writer, counts = _Writer(key, schema, footers, folder), PolicyCounts()
-    for columns, place in scan(footers, schema, counts):
+    for columns, place in scan_columns(footers, schema, counts):
         writer.add(columns, place)
     (folder / "meta.json").write_text(json.dumps({"counts": counts}))
 

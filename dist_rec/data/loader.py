@@ -23,7 +23,7 @@ from dist_rec.data.blocks import BatchBuilder
 from dist_rec.data.footers import FileFooter, fingerprint, is_list, open_file
 from dist_rec.data.ids import PolicyCounts
 from dist_rec.data.join import Join
-from dist_rec.data.parquet import DECODED_VALUES, Columns, Place, convert, id_dtype, is_fixed, read
+from dist_rec.data.parquet import DECODED_VALUES, Columns, Place, convert, decode, id_dtype, is_fixed
 from dist_rec.data.read_ahead import Channel, Closed, DaemonPool, RowGroupCache, yield_to_training
 from dist_rec.data.row_groups import Block, Course, EpochOrder, positions
 from dist_rec.data.schema import Schema
@@ -339,7 +339,7 @@ class _Reader:
     def _decode(self, group: int) -> pa.Table:
         here = self._groups[group]
         file = self._open(here.path)
-        return read(file, here.path, here.index, here.rows, self._schema, at_once=_is_remote(here.path))
+        return decode(file, here.path, here.index, here.rows, self._schema, at_once=_is_remote(here.path))
 
     def _open(self, path: str) -> pq.ParquetFile:
         # one open file per thread: readers of one file are not safe to share, and row groups come file by file

@@ -28,7 +28,7 @@ import numpy as np
 
 from dist_rec.data.footers import FileFooter
 from dist_rec.data.ids import PolicyCounts, Ragged, hash_ids, ragged_index
-from dist_rec.data.parquet import scan
+from dist_rec.data.scan import scan_columns
 from dist_rec.data.schema import Schema, SparseColumn
 
 _MOST_BUCKETS = 2048
@@ -177,7 +177,7 @@ def _bags(footers: Sequence[FileFooter], columns: dict[str, bool]) -> itertools.
         n: SparseColumn(_ANY_ID, multi=multi, on_null="empty", out_of_range="hash") for n, multi in columns.items()
     }
     schema = Schema(labels={}, sparse=sparse)
-    groups = scan(footers, schema, PolicyCounts())
+    groups = scan_columns(footers, schema, PolicyCounts())
     return itertools.chain({n: parts[0] for n, parts in group.ragged.items()} for group, _ in groups)
 
 

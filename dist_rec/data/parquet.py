@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dist_rec.data.footers import DataError, FileFooter, open_file
+from dist_rec.data.footers import DataError
 from dist_rec.data.ids import Ids, Locate, PolicyCounts, Ragged, primitive
 from dist_rec.data.schema import DenseColumn, GroupColumn, LabelColumn, Schema, SparseColumn
 
@@ -81,51 +80,34 @@ class Columns:
         )
 
 
-def decode(file: pq.ParquetFile, row_group: int, schema: Schema, at_once: bool = False) -> pa.Table:
+def decode(
+    file: pq.ParquetFile, path: str, row_group: int, rows: int, schema: Schema, at_once: bool = False
+) -> pa.Table:
     """The schema's columns of one row group, on the calling thread.
 
     pyarrow keeps the pages of all columns of a call until its end, which takes twice the memory of the result. A large
     row group is therefore read by few columns at a time, unless `at_once`: on an object store each call has to wait.
+
+    path: of the file. rows: of the row group, as the footers said.
+    Raises DataError if it cannot be read or has another number of rows by now.
     """
-    names, rows = schema.columns(), file.metadata.row_group(row_group).num_rows
+    names = schema.columns()
     step = len(names) if at_once else max(DECODED_VALUES // max(rows, 1), 1)
     parts = [names[i : i + step] for i in range(0, len(names), step)]
-    tables = [file.read_row_group(row_group, columns=part, use_threads=False) for part in parts]
-    columns = {name: table.column(name) for table, part in zip(tables, parts, strict=True) for name in part}
-    return pa.table(columns)
-
-
-def read(file: pq.ParquetFile, path: str, row_group: int, rows: int, schema: Schema, at_once: bool = False) -> pa.Table:
-    """`decode`, with a DataError for a row group that is damaged or no longer has the `rows` its footer said."""
     try:
-        table = decode(file, row_group, schema, at_once)
+        tables = [file.read_row_group(row_group, columns=part, use_threads=False) for part in parts]
     except (pa.ArrowException, OSError, IndexError) as error:
         raise DataError(
             f"{path}: row group {row_group} cannot be read ({' '.join(str(error).split())}); if the storage is well, "
             "the file is damaged: write it again or remove it"
         ) from error
-    if table.num_rows != rows:
+    found = tables[0].num_rows
+    if found != rows:
         raise DataError(
-            f"{path}: row group {row_group} has {table.num_rows} rows, had {rows} when the run began; do not change "
-            "data files under a running job"
+            f"{path}: row group {row_group} has {found} rows, had {rows} when the run began; do not change data files "
+            "under a running job"
         )
-    return table
-
-
-def scan(footers: Sequence[FileFooter], schema: Schema, counts: PolicyCounts) -> Iterator[tuple[Columns, Place]]:
-    """Every row once in file order: the converted columns of each row group, and where they lie.
-
-    Memory is that of one row group. counts: gets what the policies other than "error" did.
-    """
-    for footer in footers:
-        file, first_row = open_file(footer.path), 0
-        for row_group, rows in enumerate(footer.row_group_rows):
-            if rows:
-                place = Place(footer.path, row_group, first_row, slice(0, rows))
-                columns = Columns.empty(schema, rows)
-                convert(read(file, footer.path, row_group, rows, schema), schema, columns, 0, counts, place)
-                yield columns, place
-            first_row += rows
+    return pa.table({name: table.column(name) for table, part in zip(tables, parts, strict=True) for name in part})
 
 
 def convert(table: pa.Table, schema: Schema, into: Columns, at: int, counts: PolicyCounts, place: Place) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from dist_rec.data.cached import built
 from dist_rec.data.footers import FileFooter, content_key
 from dist_rec.data.ids import PolicyCounts, Ragged, mix64, ragged_index
-from dist_rec.data.parquet import scan
+from dist_rec.data.scan import scan_columns
 from dist_rec.data.schema import Schema
 
 _FORMAT = 1
@@ -88,7 +88,7 @@ def _build(schema: Schema, footers: Sequence[FileFooter], folder: Path) -> None:
     partitions = max(1, sum(sum(f.row_group_rows) for f in footers) // _PARTITION_ROWS)
     paths = [folder / f"part{number}.bin" for number in range(partitions)]
     frequency = np.zeros(next(iter(schema.sparse.values())).num_rows, np.int64)
-    for columns, _ in scan(footers, schema, PolicyCounts()):
+    for columns, _ in scan_columns(footers, schema, PolicyCounts()):
         positive = columns.weights > 0
         items = columns.fixed[0][positive].astype(np.int64)
         seen, times = np.unique(items, return_counts=True)

@@ -3,8 +3,8 @@
 What is planted, on the logit: a term per user, item and category; a product of hidden user and item vectors (only
 models with interactions find it); the likeness of the item to the user's history; an effect of the hour that differs by
 domain; an effect of the item that has opposite signs in opposite cohorts (an average over cohorts hides it); and dense
-columns. With `domains` or `retrieval` set another data set is written in its place: see `synthetic_domains` and
-`synthetic_retrieval`.
+columns. With `domains`, `cohorts` or `retrieval` set another data set is written in its place: see `synthetic_domains`,
+`synthetic_cohorts` and `synthetic_retrieval`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dist_rec.data.synthetic_cohorts import CohortsWorld, PlantedCohorts
 from dist_rec.data.synthetic_domains import DomainsConfig, DomainsWorld, Truth, write_truth
 from dist_rec.data.synthetic_retrieval import RetrievalConfig, RetrievalWorld, write_items
 from dist_rec.settings import Complaint, gather
@@ -45,8 +46,11 @@ class SyntheticConfig:
     items: int = 2_000
     categories: int = 50
     seed: int = 20261123
-    domains: DomainsConfig | None = None  # {} or more: the log of several domains, with truth.json beside its splits
-    retrieval: RetrievalConfig | None = None  # {} or more: users and items without labels, with items.parquet beside
+    # {} or more in one of these: the log of several domains, or of planted cohorts, with truth.json beside its splits;
+    # users and items without labels, with items.parquet beside
+    domains: DomainsConfig | None = None
+    cohorts: PlantedCohorts | None = None
+    retrieval: RetrievalConfig | None = None
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about the settings themselves."""
@@ -55,12 +59,11 @@ class SyntheticConfig:
                 yield Complaint(name, f"is {getattr(self, name)}; use at least 1")
         if self.seed < 0:
             yield Complaint("seed", f"is {self.seed}; use 0 or more")
-        if self.domains is not None:
-            yield from gather("domains", self.domains.check())
-        if self.retrieval is not None:
-            yield from gather("retrieval", self.retrieval.check())
-            if self.domains is not None:
-                yield Complaint("retrieval", "and synthetic.domains are both set; choose one data set")
+        given = [name for name in ("domains", "cohorts", "retrieval") if getattr(self, name) is not None]
+        for name in given:
+            yield from gather(name, getattr(self, name).check())
+        if len(given) > 1:
+            yield Complaint(given[1], f"is set and `{given[0]}` too; each is a data set of its own: choose one")
 
 
 @dataclass
@@ -123,8 +126,8 @@ class _World:
 def write(config: SyntheticConfig) -> None:
     """Writes train/, validation/ and test/ under `config.path`, all or nothing; an existing folder is left as it is.
 
-    The rows are a function of the config. Memory: one file's rows; with `domains` also 32 bytes for each row of
-    validation and test, whose best possible scores go to truth.json.
+    The rows are a function of the config. Memory: one file's rows; with `domains` or `cohorts` also 32 bytes for each
+    row of validation and test, whose best possible scores go to truth.json.
     """
     target = Path(config.path)
     if target.exists():
@@ -134,7 +137,7 @@ def write(config: SyntheticConfig) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         truth = _write_splits(config, temporary)
-        if config.domains is not None:
+        if any(truth.values()):
             write_truth(truth, temporary / "truth.json")
         temporary.chmod(0o755)
         os.rename(temporary, target)
@@ -147,12 +150,9 @@ def write(config: SyntheticConfig) -> None:
 
 def _write_splits(config: SyntheticConfig, folder: Path) -> dict[str, list[Truth]]:
     """Writes every split below `folder`; returns what is behind the rows of validation and test, if that is kept."""
-    world: _World | DomainsWorld | RetrievalWorld = _World.draw(config)
-    if config.retrieval is not None:
-        world = RetrievalWorld(config.retrieval, config.users, config.items, config.categories, config.seed)
+    world = _world(config)
+    if isinstance(world, RetrievalWorld):
         write_items(world, folder)
-    if config.domains is not None:
-        world = DomainsWorld(config.domains, config.users, config.items, config.categories, config.seed)
     truth: dict[str, list[Truth]] = {"validation": [], "test": []}
     first_row = 0
     for split, name in enumerate(SPLITS):
@@ -162,10 +162,7 @@ def _write_splits(config: SyntheticConfig, folder: Path) -> dict[str, list[Truth
             count = min(config.rows_per_file, rows - start)
             rng = np.random.default_rng([config.seed, 1, split, number])
             user, item = _zipf(rng, config.users, count), _zipf(rng, config.items, count)
-            if isinstance(world, RetrievalWorld):
-                table, behind = world.rows(rng, user, first_row, train=name == "train"), None
-            else:
-                table, behind = world.rows(rng, user, item, first_row)
+            table, behind = world.rows(rng, user, item, first_row)
             if behind is not None and name in truth:
                 truth[name].append(behind)
             file = folder / name / f"part-{number:05d}.parquet"
@@ -174,10 +171,26 @@ def _write_splits(config: SyntheticConfig, folder: Path) -> dict[str, list[Truth
     return truth
 
 
+def _world(config: SyntheticConfig) -> _World | DomainsWorld | CohortsWorld | RetrievalWorld:
+    if config.retrieval is not None:
+        sizes = (config.users, config.items, config.categories)
+        return RetrievalWorld(config.retrieval, *sizes, config.rows, config.seed)
+    if config.domains is not None:
+        return DomainsWorld(config.domains, config.users, config.items, config.categories, config.seed)
+    if config.cohorts is not None:
+        return CohortsWorld(config.cohorts, _shares(config.users), config.items, config.categories, config.seed)
+    return _World.draw(config)
+
+
 def _zipf(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
     """(count,) ids of which a few are frequent; the frequency falls with the rank."""
+    return np.searchsorted(np.cumsum(_shares(size)), rng.random(count)).clip(max=size - 1)
+
+
+def _shares(size: int) -> np.ndarray:
+    """(size,) of each id in the rows."""
     share = 1 / np.arange(1, size + 1) ** 0.9
-    return np.searchsorted(np.cumsum(share / share.sum()), rng.random(count)).clip(max=size - 1)
+    return share / share.sum()
 
 
 def _history(world: _World, rng: np.random.Generator, user: np.ndarray, lengths: np.ndarray) -> np.ndarray:

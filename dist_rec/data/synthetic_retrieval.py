@@ -45,7 +45,9 @@ class RetrievalConfig:
 class RetrievalWorld:
     """The hidden truth, by id."""
 
-    def __init__(self, config: RetrievalConfig, users: int, items: int, categories: int, seed: int) -> None:
+    def __init__(
+        self, config: RetrievalConfig, users: int, items: int, categories: int, train_rows: int, seed: int
+    ) -> None:
         rng = np.random.default_rng([seed, 3])
         self.category = rng.integers(0, categories, items)
         self.brand = self.category * BRANDS_PER_CATEGORY + rng.integers(0, BRANDS_PER_CATEGORY, items)
@@ -55,6 +57,7 @@ class RetrievalWorld:
         self.vectors = of_category[self.category] + of_brand[self.brand] + own
         self.tastes = self.vectors[rng.integers(0, items, (users, 2))].mean(axis=1)
         self.seen_items = max(1, round(items * (1 - config.unseen)))
+        self._train_rows = train_rows
         # a word is that of some category: an item draws most of its words from those of its own
         self._word_category = rng.integers(0, categories, WORDS)
         self._rng = rng
@@ -76,21 +79,29 @@ class RetrievalWorld:
             "price": price.astype(np.float32),
         })  # fmt: skip
 
-    def rows(self, rng: np.random.Generator, user: np.ndarray, first_row: int, train: bool) -> pa.Table:
-        """Interactions of (n,) users. train: whether unseen items are left out; of histories they always are."""
+    def rows(
+        self, rng: np.random.Generator, user: np.ndarray, item: np.ndarray, first_row: int
+    ) -> tuple[pa.Table, None]:
+        """Interactions of (n,) users, who are shown the (n,) items among others; what is behind them is not told.
+
+        The rows of train come first, and have no unseen items; histories never have.
+        """
         lengths = rng.integers(1, _MAX_HISTORY + 1, len(user))
-        history = self._chosen(rng, np.repeat(user, lengths), self.seen_items)
-        return pa.table({
+        owner = np.repeat(user, lengths)
+        history = self._chosen(rng, owner, rng.integers(0, self.seen_items, len(owner)), self.seen_items)
+        items = self.seen_items if first_row < self._train_rows else len(self.category)
+        table = pa.table({
             "row_id": np.arange(first_row, first_row + len(user)),
             "user_id": user,
             "history": pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), history),
-            "item_id": self._chosen(rng, user, self.seen_items if train else len(self.category)),
+            "item_id": self._chosen(rng, user, item % items, items),
         })  # fmt: skip
+        return table, None
 
-    def _chosen(self, rng: np.random.Generator, user: np.ndarray, items: int) -> np.ndarray:
-        """(n,) items below `items`: of candidates, of which half are drawn by popularity, the best for the user."""
+    def _chosen(self, rng: np.random.Generator, user: np.ndarray, shown: np.ndarray, items: int) -> np.ndarray:
+        """(n,) the best for the user of the items shown and of others below `items`, half drawn by popularity."""
         popular = (items * rng.random((len(user), _CANDIDATES // 2)) ** 3).astype(np.int64)
-        candidates = np.concatenate([popular, rng.integers(0, items, popular.shape)], axis=1)
+        candidates = np.concatenate([shown[:, None], popular, rng.integers(0, items, popular.shape)], axis=1)
         score = np.einsum("nw,ncw->nc", self.tastes[user], self.vectors[candidates])
         best = (score + _CHANCE * rng.gumbel(size=score.shape)).argmax(axis=1)
         return candidates[np.arange(len(user)), best]

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torchrec.distributed.embedding_types import ShardedEmbeddingTable, ShardingType
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+_SPLIT_BY_ROWS = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
+_MOSTLY_FILLED = 0.8  # of the bags: packing then costs more than it saves
+_PACKING_PAYS_ON_CUDA = 32  # ranks; with fewer, waiting for the number of filled bags costs more than it saves
 
 
 class FactoredCollection(EmbeddingBagCollection):
@@ -62,34 +66,173 @@ class ShardedFactoredCollection(ShardedEmbeddingBagCollection):
     """
 
     def __init__(self, module: FactoredCollection, *args: Any, **kwargs: Any) -> None:
-        self.__dict__["projections"] = module.__dict__["projections"]
+        self.__dict__["projections"] = projections = module.__dict__["projections"]
         super().__init__(module, *args, **kwargs)
-        # a hook and not a wrapper: TorchRec looks for kernels and names inside the lookups
+        # hooks and not a wrapper: TorchRec looks for kernels and names inside the lookups
         for lookup, sharding_type in zip(self._lookups, self._sharding_types, strict=True):
             inner = getattr(lookup, "module", lookup)
-            widths = [(t.name, t.local_cols) for g in inner.grouped_configs for t in g.embedding_tables
-                      for _ in t.feature_names]  # fmt: skip
-            lookup.register_forward_hook(partial(self._project, widths, self._scale(sharding_type)))
+            tables = [t for g in inner.grouped_configs for t in g.embedding_tables for _ in t.feature_names]
+            widths = [(t.name, t.local_cols) for t in tables]
+            hooks = _LookupHooks(widths, projections, self._scale(sharding_type))
+            lookup.register_forward_hook(hooks.project)
+            on_cpu = inner._dummy_embs_tensor.device.type == "cpu"
+            if sharding_type in _SPLIT_BY_ROWS and (on_cpu or self._env.world_size >= _PACKING_PAYS_ON_CUDA):
+                lookup.register_forward_pre_hook(hooks.pack)
 
     def _scale(self, sharding_type: str) -> int:
         return 1 if sharding_type == ShardingType.DATA_PARALLEL.value else self._env.world_size
-
-    def _project(self, tables: list[tuple[str, int]], scale: int, _: nn.Module, args: tuple, pooled: Tensor) -> Tensor:
-        """pooled: (B, sum of inner widths) -> (B, sum of served widths)."""
-        projections = self.__dict__["projections"]
-        if pooled.dim() != 2:
-            raise NotImplementedError("two-layer tables with a batch size per feature")
-        if not any(name in projections for name, _ in tables):
-            return pooled
-        second = {n: _scaled(projections[n], scale) for n, _ in tables if n in projections}
-        parts = torch.split(pooled, [width for _, width in tables], dim=1)
-        pairs = zip(tables, parts, strict=True)
-        return torch.cat([x @ second[name] if name in second else x for (name, _), x in pairs], dim=1)
 
     def _create_output_dist(self) -> None:
         # the exchanges are built from the tables' widths, which for them are the served ones
         with _served_widths(self._embedding_shardings, self.__dict__["projections"]):
             super()._create_output_dist()
+
+
+class _Column(NamedTuple):
+    """Where one feature lies in the columns of a lookup's output, before and after the projection, and its table."""
+
+    table: str
+    inner: slice
+    served: slice
+
+
+class _LookupHooks:
+    """What happens around the lookup of one rank: `pack` before it, `project` after it.
+
+    Of a table that is split by rows a rank holds few of the ids of the global batch: with one id per bag only every
+    W-th bag has anything to look up here. Packed to the front, the others cost neither look-up nor projection.
+    """
+
+    def __init__(self, tables: list[tuple[str, int]], projections: Mapping[str, nn.Parameter], scale: int) -> None:
+        self._projections, self._scale = projections, scale
+        self._columns: list[_Column] = []
+        inner = served = 0
+        for name, width in tables:
+            out = projections[name].shape[1] if name in projections else width
+            self._columns.append(_Column(name, slice(inner, inner + width), slice(served, served + out)))
+            inner, served = inner + width, served + out
+        self._width = served
+        self._here = list(dict.fromkeys(name for name, _ in tables if name in projections))
+        self._rows: list[Tensor] | None = None
+
+    def pack(self, _: nn.Module, args: tuple) -> tuple | None:
+        """The features without the bags that are empty here; `project` puts the others back in their place."""
+        features: KeyedJaggedTensor = args[0]
+        self._rows = None
+        if not self._here or features.variable_stride_per_key():
+            return None
+        keys, batch = features.keys(), features.stride()
+        lengths = features.lengths().view(len(keys), batch)
+        rows = [row.nonzero().squeeze(1) for row in lengths]
+        longest = max(1, *map(len, rows))
+        if longest > _MOSTLY_FILLED * batch:
+            return None
+        packed = lengths.new_zeros(len(keys), longest)
+        for target, row, filled in zip(packed, lengths, rows, strict=True):
+            target[: len(filled)] = row.index_select(0, filled)
+        self._rows, self._batch = rows, batch
+        # ids and weights stay as they are: an empty bag has none
+        return (
+            KeyedJaggedTensor(
+                keys=keys,
+                values=features.values(),
+                weights=features.weights_or_none(),
+                lengths=packed.view(-1),
+                stride=longest,
+                length_per_key=features.length_per_key_or_none(),
+                offset_per_key=features.offset_per_key_or_none(),
+            ),
+        )
+
+    def project(self, _: nn.Module, args: tuple, pooled: Tensor) -> Tensor:
+        """pooled: (B, sum of inner widths) -> (B, sum of served widths); both flat with batch sizes per feature."""
+        rows, self._rows = self._rows, None
+        second = {name: _scaled(w, self._scale) for name, w in self._projections.items()}
+        if self._here and args[0].variable_stride_per_key():
+            return self._touching(self._project_ragged(args[0], pooled, second), second)
+        if not self._here:
+            return self._touching(pooled, second)
+        shape = (pooled.shape[0] if rows is None else self._batch, self._width)
+        return _Product.apply(pooled, self._columns, rows, shape, list(second), *second.values())
+
+    def _touching(self, product: Tensor, second: Mapping[str, Tensor]) -> Tensor:
+        """The same values, with every second layer in their graph, see `_Product`."""
+        return product + torch.stack([w.sum() for w in second.values()]).sum() * 0
+
+    def _project_ragged(self, features: KeyedJaggedTensor, pooled: Tensor, second: Mapping[str, Tensor]) -> Tensor:
+        """With a batch size per feature: TorchRec lays the rows out rank by rank, and in a rank feature by feature."""
+        if pooled.dim() != 1:
+            text = "TorchRec's CPU kernel of data-parallel tables takes no batch sizes per feature"
+            raise NotImplementedError(f"{text}; shard them table-wise")
+        strides = features.stride_per_key_per_rank()  # feature -> rank -> rows
+        widths = [c.inner.stop - c.inner.start for c in self._columns]
+        ranks = range(len(strides[0]))
+        pieces = pooled.split([strides[f][r] * w for r in ranks for f, w in enumerate(widths)])
+        count, result = len(widths), list(pieces)
+        for f, (column, width) in enumerate(zip(self._columns, widths, strict=True)):
+            if column.table in second:
+                product = torch.cat(pieces[f::count]).view(-1, width) @ second[column.table]
+                result[f::count] = [part.reshape(-1) for part in product.split(list(strides[f]))]
+        return torch.cat(result)
+
+
+class _Product(torch.autograd.Function):
+    """The columns of every feature times its table's second layer.
+
+    Products are written where they belong; automatic differentiation would split and concatenate the wide side twice.
+    Every second layer is an argument, also those of tables that other ranks hold, whose gradient here is zero.
+    Otherwise that would be complete on this rank before the exchange of looked-up vectors' gradients and on others
+    after it; the ranks would begin that exchange and the sum of dense gradients in different orders, and wait for ever.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pooled: Tensor,
+        columns: list[_Column],
+        rows: list[Tensor] | None,
+        shape: tuple[int, int],
+        names: list[str],
+        *second: Tensor,
+    ) -> Tensor:
+        """pooled: (P, sum of inner widths). rows: per feature, which rows of the result its first rows belong to,
+        the others being zero; None: to all, in order. names: of the tables of `second`. Returns `shape`."""
+        ctx.columns, ctx.rows, ctx.names = columns, rows, names
+        ctx.save_for_backward(pooled, *second)
+        layers = dict(zip(names, second, strict=True))
+        result = pooled.new_empty(shape) if rows is None else pooled.new_zeros(shape)
+        for f, (table, inner, served) in enumerate(columns):
+            w2 = layers.get(table)
+            if rows is not None:
+                part = pooled[: len(rows[f]), inner]
+                result[:, served].index_copy_(0, rows[f], part if w2 is None else part @ w2)
+            elif w2 is None:
+                result[:, served] = pooled[:, inner]
+            else:
+                torch.mm(pooled[:, inner], w2, out=result[:, served])
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """gradient: (B, sum of served widths)."""
+        pooled, *second = ctx.saved_tensors
+        layers = dict(zip(ctx.names, second, strict=True))
+        trained = any(ctx.needs_input_grad[5:])
+        of_pooled = torch.empty_like(pooled)
+        of_second = {name: torch.zeros_like(w) for name, w in layers.items()} if trained else {}
+        for f, (table, inner, served) in enumerate(ctx.columns):
+            part, count = gradient[:, served], len(pooled)
+            if ctx.rows is not None:
+                part, count = part.index_select(0, ctx.rows[f]), len(ctx.rows[f])
+                of_pooled[count:, inner] = 0
+            if table not in layers:
+                of_pooled[:count, inner] = part
+                continue
+            torch.mm(part, layers[table].t(), out=of_pooled[:count, inner])
+            if trained:  # the wide matrix is read as it lies in memory
+                of_second[table] += (part.t() @ pooled[:count, inner]).t()
+        return (of_pooled, None, None, None, None, *(of_second.get(name) for name in ctx.names))
 
 
 @contextmanager

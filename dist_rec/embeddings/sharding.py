@@ -51,6 +51,8 @@ class ShardingConfig:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 yield Complaint(key, f"is {value}; use a number > 0, or leave it out")
+        if self.min_columns is not None and self.min_columns % 4:
+            yield Complaint("min_columns", f"is {self.min_columns}; FBGEMM's fused kernels need a multiple of 4")
 
 
 class PlanError(ValueError):
@@ -104,12 +106,16 @@ def sharders() -> list[ModuleSharder[nn.Module]]:
 
 def check_kernels(tables: list[Table], device_type: str) -> Iterator[Complaint]:
     """What FBGEMM's kernels ask of a table on each device."""
-    odd = [t for t in tables if t.width % 4]
-    if device_type == "cuda" and odd:
-        text = f"is {odd[0].width} for {len(odd)} table(s), {odd[0].name} among them"
-        yield Complaint("dim", f"{text}; FBGEMM's CUDA kernels need a multiple of 4")
+    is_cpu = device_type == "cpu"
+    odd = [t for t in tables if t.width % 4 and not (is_cpu and t.sharding == "data_parallel")]
+    if odd:
+        text = (
+            f"is {odd[0].width} columns wide, as {len(odd)} table(s) are; FBGEMM's fused kernels need a multiple of 4"
+        )
+        cure = "change the model's dim, or inner_dim" + (", or use sharding: data_parallel" if is_cpu else "")
+        yield Complaint(f"tables.{odd[0].key}", f"{text}: {cure}")
     for table in tables:
-        if device_type == "cpu" and table.kernel not in ("auto", "fused"):
+        if is_cpu and table.kernel not in ("auto", "fused"):
             text = f"is {table.kernel} for table '{table.name}', which needs a GPU; on CPU use auto or fused"
             yield Complaint("kernel", text)
 

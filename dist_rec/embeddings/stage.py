@@ -20,6 +20,12 @@ from dist_rec.embeddings.mlet import FactoredCollection
 from dist_rec.embeddings.tables import Table, output_names
 
 
+def second_layer_of(name: str) -> str | None:
+    """Name of a table's weights in the model's state -> name of its second layer, which a plain table does not have."""
+    first = "embeddings.collection.embedding_bags."
+    return f"embeddings.projections.{name[len(first) :].removesuffix('.weight')}" if name.startswith(first) else None
+
+
 class EmbeddingStage(nn.Module):
     """All tables of a model in one collection, so that a step has one look-up and one exchange.
 
@@ -40,6 +46,7 @@ class EmbeddingStage(nn.Module):
         *,
         is_weighted: bool,
         project: str,
+        train_projection: bool,
         device: torch.device,
     ):
         super().__init__()
@@ -54,7 +61,9 @@ class EmbeddingStage(nn.Module):
             for t in tables
         ]
         factored = [t for t in tables if t.inner_dim is not None]
-        self.projections = nn.ParameterDict({t.name: nn.Parameter(torch.empty(t.width, t.dim)) for t in factored})
+        self.projections = nn.ParameterDict(
+            {t.name: nn.Parameter(torch.empty(t.width, t.dim), requires_grad=train_projection) for t in factored}
+        )
         second_layers = dict(self.projections.items())
         if factored and project == "before":
             self.collection = FactoredCollection(configs, second_layers, is_weighted=is_weighted, device=device)
@@ -105,16 +114,6 @@ class Regroup(nn.Module):
                 served = [x @ projections[s.table] if s.table in projections else x for s, x in pairs]
             stacked = torch.stack(served, dim=1)
             result[name] = self._divide(stacked, name, sparse) if any(self._mean[name]) else stacked
-        return self._touched(result)
-
-    def _touched(self, result: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same values, with every projection in their graph: a rank that holds no shard of a table does not use its
-        projection, and data parallelism would wait for the gradient for ever."""
-        projections = self._second_layers()
-        if projections and torch.is_grad_enabled():
-            first = next(iter(result))
-            zero = torch.stack([w.sum() for w in projections.values()]).sum() * 0
-            result[first] = result[first] + zero
         return result
 
     def _divide(self, stacked: Tensor, name: str, sparse: KeyedJaggedTensor) -> Tensor:

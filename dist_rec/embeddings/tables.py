@@ -53,6 +53,9 @@ class EmbeddingsConfig:
     # scaled: W2 ~ N(0, 1 / inner_dim), so that the product has a plain table's scale for every inner_dim.
     # prototype: W2 ~ N(0, 0.25^2), as in the authors' code
     projection_init: Literal["scaled", "prototype"] = "scaled"
+    # false: W2 stays as it was drawn, the authors' control of a random projection; rows then learn from their own
+    # batches alone, as those of a single layer do
+    train_projection: bool = True
     # exceptions by table: a table is named after its feature (or the schema's `table`) in every table set, or
     # "<set>_<table>" for one table set only
     tables: dict[str, TableOptions] = field(default_factory=dict)

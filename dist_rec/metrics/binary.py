@@ -13,26 +13,37 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 
-def log_loss(logits: ArrayLike, labels: ArrayLike, weights: ArrayLike) -> float:
-    """Weighted mean of the binary cross-entropy, in nats.
+def row_losses(logits: ArrayLike, labels: ArrayLike) -> Array:
+    """(n,) binary cross-entropy of each row, in nats.
 
     Computed as ``y * log(1 + exp(-z)) + (1 - y) * log(1 + exp(z))``, exact where probabilities would round to 0 or 1.
     """
+    z, y = _float64(logits, labels)
+    return y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z)
+
+
+def log_loss(logits: ArrayLike, labels: ArrayLike, weights: ArrayLike) -> float:
+    """Weighted mean of `row_losses`."""
     z, y, w = _float64(logits, labels, weights)
     total = w.sum()
     if total == 0 or not np.isfinite(z).all():
         return np.nan
-    return float((w * (y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z))).sum() / total)
+    return float((w * row_losses(z, y)).sum() / total)
 
 
-def normalized_entropy(logits: ArrayLike, labels: ArrayLike, weights: ArrayLike) -> float:
-    """Log loss over the log loss of always predicting the weighted mean label: 1 is that constant, lower is better.
+def normalized_entropy(
+    logits: ArrayLike, labels: ArrayLike, weights: ArrayLike, base_rate: float | None = None
+) -> float:
+    """Log loss over the entropy of a base rate; lower is better.
 
+    Args:
+        base_rate: by default the weighted mean label of these rows, and 1 is then what predicting it always gives. Rows
+            that are a part of others (a cohort) may also be held against the mean label of all.
     Source: He et al. 2014, "Practical Lessons from Predicting Clicks on Ads at Facebook", section 2.
     """
     _, y, w = _float64(logits, labels, weights)
     total = w.sum()
-    mean = (w * y).sum() / total if total else np.nan
+    mean = base_rate if base_rate is not None else (w * y).sum() / total if total else np.nan
     if not 0 < mean < 1:
         return np.nan
     return log_loss(logits, labels, weights) / float(-mean * np.log(mean) - (1 - mean) * np.log1p(-mean))

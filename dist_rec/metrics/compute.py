@@ -33,6 +33,12 @@ class MetricsConfig:
     grouped_auc: list[str] = field(default_factory=list)  # groups, e.g. a user id: AUC within each, averaged
     window_rows: int = 100_000  # training reports are of about this many newest rows, all ranks together
     retrieval: RetrievalMetrics = field(default_factory=RetrievalMetrics)  # of models that are judged by retrieval
+    # Diagnostics, at every evaluation; set for `dist-rec evaluate` alone they cost training nothing.
+    # Representations of the model that ought to differ, by name or pattern ("expert_*"): mean |correlation| of every
+    # two of them, and their diversity (see `metrics/representations.py`)
+    correlation: list[str] = field(default_factory=list)
+    # How many of its directions each table and table set uses (see `embeddings/abundance.py`); reads every table once
+    information_abundance: bool = False
 
     @property
     def groups(self) -> list[str]:

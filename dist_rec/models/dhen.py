@@ -118,7 +118,9 @@ class Layer(nn.Module):
         """A layer of the modules `names` over M = `num_features`."""
         super().__init__()
         self.interactions = nn.ModuleDict({name: _INTERACTIONS[name](config, num_features) for name in names})
-        self.mix = nn.Linear(len(names) * num_features, num_features) if config.ensemble == "concat" else None
+        self.mix = None
+        if config.ensemble == "concat":  # no bias: a constant over a feature's D columns, which the norm takes away
+            self.mix = nn.Linear(len(names) * num_features, num_features, bias=False)
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,11 +157,11 @@ class _Cross(nn.Module):
 
 
 class _Linear(nn.Module):
-    """Every feature becomes a linear combination of all features."""
+    """Every feature becomes a linear combination of all features. No bias, as in `Layer.mix`."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(num_features, num_features)
+        self.linear = nn.Linear(num_features, num_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.mT).mT

@@ -57,6 +57,11 @@ def widths_problem(widths: Sequence[int], *, needed: bool = False) -> str | None
     return f"is {list(widths)}; every layer width must be >= 1, {bad[0]} is not" if bad else None
 
 
+def size_problem(size: int) -> str | None:
+    """What is wrong with a width or a number of parts, and how to fix it, or None."""
+    return None if size >= 1 else f"is {size}; use at least 1"
+
+
 def dropout_problem(dropout: float) -> str | None:
     """What is wrong with a dropout probability and how to fix it, or None."""
     if math.isfinite(dropout) and 0 <= dropout < 1:

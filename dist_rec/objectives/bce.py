@@ -1,4 +1,7 @@
-"""Binary cross-entropy of every label, from logits."""
+"""Binary cross-entropy of every label, from logits: the mean over rows, or the sum of the means over groups of rows.
+
+Letters: B rows of this rank, W ranks, T labels, S values of a group.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from torch import Tensor, nn
 from dist_rec.contract import ArchOutput, Encode
 from dist_rec.data.batch import Batch
 from dist_rec.data.schema import Schema
-from dist_rec.settings import Complaint
+from dist_rec.nn.collectives import num_ranks, total
+from dist_rec.settings import Complaint, complain
 
 
 @dataclass
@@ -20,10 +24,14 @@ class Config:
     """What `objective:` takes with `name: bce`."""
 
     label_weights: dict[str, float] = field(default_factory=dict)  # label -> factor of its loss; 1 where not named
+    # group of the schema, with num_ids: the mean over each of its values, added up, so that a small domain weighs as
+    # much as a large one (Crocodile, arXiv 2405.12706). Nothing: the mean over all rows
+    mean_by: str | None = None
 
-    def build(self, schema: Schema, representation_dims: Mapping[str, int]) -> BCE:
+    def build(self, schema: Schema, representation_dims: Mapping[str, int]) -> BCE | GroupedBCE:
         """The loss for the labels of `schema`; it uses no representation."""
-        return BCE([self.label_weights.get(name, 1.0) for name in schema.labels])
+        factors = [self.label_weights.get(name, 1.0) for name in schema.labels]
+        return BCE(factors) if self.mean_by is None else GroupedBCE(factors, self.mean_by, schema)
 
     def check(self, schema: Schema) -> Iterator[Complaint]:
         """Complaints about the settings, with keys relative to `objective`."""
@@ -33,6 +41,8 @@ class Config:
             if label.kind != "binary":
                 text = f"is 'bce', a loss for labels 0 and 1, but label '{name}' has kind: {label.kind}"
                 yield Complaint("name", f"{text}; declare it binary if it only holds 0 and 1, or choose another one")
+        if self.mean_by is not None:
+            yield from complain({"mean_by": schema.group_problem(self.mean_by)})
         for name, weight in self.label_weights.items():
             if name not in schema.labels:
                 known = ", ".join(schema.labels)
@@ -57,7 +67,32 @@ class BCE(nn.Module):
 
     def forward(self, output: ArchOutput, batch: Batch, encode: Encode) -> dict[str, Tensor]:
         """Returns {"bce": scalar float32}; under autocast too, where the logits may be narrower."""
+        return {"bce": self.of_rows(output, batch).sum() / batch.labels.shape[0]}
+
+    def of_rows(self, output: ArchOutput, batch: Batch) -> Tensor:
+        """(B, T) float32: the loss of every row and label, times the label's factor and the row's weight."""
         loss = nn.functional.binary_cross_entropy_with_logits(
             output.predictions.float(), batch.labels, reduction="none"
         )
-        return {"bce": (loss * batch.weights.unsqueeze(1) * self.factors).sum() / batch.labels.shape[0]}
+        return loss * batch.weights.unsqueeze(1) * self.factors
+
+
+class GroupedBCE(BCE):
+    """``sum_s (1/N_s) sum_{b in s} sum_t a_t * w_b * bce(z_bt, y_bt)`` over the values s of a group, in nats.
+
+    N_s counts the rows of the value s in the batches of all ranks whose weight is not 0; a value without rows adds
+    nothing. A rank's share is W times its own rows' part, so that the mean over ranks is the sum above.
+    """
+
+    def __init__(self, factors: list[float], group: str, schema: Schema) -> None:
+        """`factors`: a, one for each of the T labels. `group`: of `schema`, with a declared number of values, S."""
+        super().__init__(factors)
+        self.group = group
+        self.num_values = schema.num_values(group)
+
+    def forward(self, output: ArchOutput, batch: Batch, encode: Encode) -> dict[str, Tensor]:
+        """Returns {"bce": scalar float32}. Collective."""
+        value = batch.groups[self.group].clamp(min=0)  # -1 in padding rows, which count for nothing
+        here = batch.weights.new_zeros(self.num_values).index_add(0, value, (batch.weights > 0).to(batch.weights.dtype))
+        share = num_ranks() / total(here).clamp(min=1)
+        return {"bce": (self.of_rows(output, batch) * share[value].unsqueeze(1)).sum()}

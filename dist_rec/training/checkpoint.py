@@ -16,8 +16,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from dist_rec.contract import AUXILIARIES
 from dist_rec.settings import Complaint
 from dist_rec.training.optim import StepOptimizer
 from dist_rec.training.runtime import Runtime
@@ -46,6 +47,9 @@ class CheckpointConfig:
     # auto: go on from the newest complete checkpoint in the run folder, if there is one. never: a run folder that has
     # checkpoints is refused, so that nothing is overwritten by accident.
     resume: Literal["auto", "never"] = "auto"
+    # auxiliaries that may differ from those of the checkpoint that is continued. One that does, or that is new, starts
+    # anew; one that the config has no more is dropped. Without its name here a difference stops the run
+    renew: list[str] = field(default_factory=list)
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about the section's own settings."""
@@ -93,6 +97,27 @@ def find(folder: Path) -> list[Checkpoint]:
     return found
 
 
+def trained(folder: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint that stands for the run: of step `step`, or else the best by early stopping, or the newest.
+
+    Raises:
+        CheckpointError: it does not exist or is not complete.
+    """
+    found = find(folder)
+    if not found:
+        raise CheckpointError(f"{folder} has no complete checkpoint; train first, or correct run.dir")
+    wanted = step if step is not None else found[-1].meta["progress"]["best_step"]
+    return found[-1] if wanted is None else at(folder, wanted)
+
+
+def at(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of step `step`; CheckpointError if it is not complete."""
+    found = _read(folder / _name(step))
+    if not isinstance(found, Checkpoint):
+        raise CheckpointError(f"checkpoint {folder / _name(step)} cannot be used: {found}")
+    return found
+
+
 def _read(path: Path) -> Checkpoint | str:
     try:
         meta = json.loads((path / "meta.json").read_text())
@@ -131,36 +156,27 @@ class Checkpointer:
 
     def latest(self) -> Checkpoint | None:
         """The newest complete checkpoint, as rank 0 sees it; CheckpointError on every rank if all are damaged."""
-        answer: Checkpoint | CheckpointError | None = None
+        return self._seen_by_rank_0(lambda: next(reversed(find(self.folder)), None))
+
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of step `step`; raises CheckpointError if it is not complete."""
+        return self._seen_by_rank_0(lambda: at(self.folder, step))
+
+    def trained(self, step: int | None = None) -> Checkpoint:
+        """The checkpoint that stands for the run, see the function `trained`."""
+        return self._seen_by_rank_0(lambda: trained(self.folder, step))
+
+    def _seen_by_rank_0(self, look: Callable[[], Any]) -> Any:
+        answer: Any = None
         if self._runtime.is_main:
             try:
-                found = find(self.folder)
-                answer = found[-1] if found else None
+                answer = look()
             except CheckpointError as error:
                 answer = error
         answer = self._runtime.broadcast(answer)
         if isinstance(answer, CheckpointError):
             raise answer
         return answer
-
-    def at(self, step: int) -> Checkpoint:
-        """The checkpoint of step `step`; raises CheckpointError if it is not complete."""
-        found = _read(self.folder / _name(step)) if self._runtime.is_main else None
-        found = self._runtime.broadcast(found)
-        if not isinstance(found, Checkpoint):
-            raise CheckpointError(f"checkpoint {self.folder / _name(step)} cannot be used: {found}")
-        return found
-
-    def trained(self, step: int | None = None) -> Checkpoint:
-        """The checkpoint that stands for the run: of step `step`, or else the best by early stopping, or the newest.
-
-        Raises CheckpointError if there is none.
-        """
-        newest = self.latest()
-        if newest is None:
-            raise CheckpointError(f"{self.folder} has no complete checkpoint; train first, or correct run.dir")
-        wanted = step if step is not None else newest.meta["progress"]["best_step"]
-        return newest if wanted is None else self.at(wanted)
 
     def save(
         self,
@@ -226,8 +242,18 @@ class Checkpointer:
             if path != best:
                 shutil.rmtree(path)
 
-    def load(self, checkpoint: Checkpoint, model: DistributedModelParallel, optimizer: StepOptimizer | None) -> list:
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        model: DistributedModelParallel,
+        optimizer: StepOptimizer | None,
+        fresh: Sequence[str] = (),
+    ) -> list:
         """Loads weights and, if given, optimiser state; on another world size or plan the tables are resharded.
+
+        Args:
+            fresh: auxiliaries that stay as they were built, whatever the checkpoint has of them. Without an optimiser
+                these are all of them: what evaluates does not need them.
 
         Returns:
             Nothing without an optimiser, else what the ranks of the saving run passed as `own`, as far as it falls to
@@ -237,16 +263,20 @@ class Checkpointer:
         Raises:
             CheckpointError: the model differs, or the optimiser state of a table cannot follow a change of sharding.
         """
+        prefixes = (AUXILIARIES,) if optimizer is None else tuple(f"{AUXILIARIES}{name}." for name in fresh)
+        built = {n: value.detach().clone() for n, value in model.state_dict().items() if n.startswith(prefixes)}
         if optimizer is not None:
             optimizer.prepare_load()
         state = _state(model, optimizer)
+        wanted = {part: {n: v for n, v in of.items() if not n.startswith(prefixes)} for part, of in state.items()}
         try:
-            dcp.load(state, checkpoint_id=checkpoint.path, process_group=self._runtime.control)
+            dcp.load(wanted, checkpoint_id=checkpoint.path, process_group=self._runtime.control)
         except CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
             raise CheckpointError(f"checkpoint {checkpoint.path} does not fit this model: {reason}") from error
-        model.load_state_dict(state["model"])
+        model.load_state_dict({**state["model"], **built})
         if optimizer is not None:
+            optimizer.forget(list(built))
             optimizer.finish_load(checkpoint.step)
         return self._load_own(checkpoint) if optimizer is not None else []
 

@@ -10,35 +10,50 @@ from dist_rec.training.checkpoint import CheckpointError
 _FIXED = (
     "schema",
     "model",
-    "auxiliary",
     "embeddings.pooling",
     "embeddings.layout",
     "embeddings.inner_dim",
     "embeddings.factor_above",
+    "embeddings.train_projection",
     "embeddings.tables",
+    "objective.name",
+    "objective.cohorts",
     "optim.tables.name",
     "optim.dense.name",
 )
 # what a bad value does, the planner's estimates, and where a table lies may change; so may what metrics group by
 _FREE = {"on_null", "out_of_range", "fill", "max_length", "mean_length", "sharding", "kernel", "init_bound"}
+_FREE |= {"path"}  # where something was read from; what was read is compared
 
 
-def check_compatible(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_compatible(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Compares the config of a checkpoint with the one that would continue it, both as `config.to_mapping` gives them.
+
+    Returns:
+        The auxiliaries that differ and whose names `checkpoint.renew` has: they start anew, or are dropped.
 
     Raises:
         CheckpointError: naming every setting that would change the meaning of what the checkpoint holds.
     """
-    changes = []
-    for key in _FIXED:
-        for path, old, new in _differences(_at(saved, key), _at(now, key), key):
-            changes.append(f"  {path}: {_short(old)} -> {_short(new)}")
+    auxiliaries = dict.fromkeys([*(saved.get("auxiliary") or {}), *(now.get("auxiliary") or {})])
+    differing = {name: list(_changes(saved, now, f"auxiliary.{name}")) for name in auxiliaries}
+    renewed = [name for name in now["checkpoint"]["renew"] if differing.get(name)]
+    changes = [change for key in _FIXED for change in _changes(saved, now, key)]
+    refused = {name: lines for name, lines in differing.items() if lines and name not in renewed}
+    changes += [line for lines in refused.values() for line in lines]
     if changes:
         listing = "\n".join(changes)
+        anew = f"; checkpoint.renew=[{','.join(refused)}] starts auxiliaries anew" if refused else ""
         raise CheckpointError(
             "the config differs from the checkpoint's in what its parameters mean:\n"
-            f"{listing}\n  Put these back to continue, or train anew in another run.dir"
+            f"{listing}\n  Put these back to continue, or train anew in another run.dir{anew}"
         )
+    return renewed
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], key: str) -> Iterator[str]:
+    for path, old, new in _differences(_at(saved, key), _at(now, key), key):
+        yield f"  {path}: {_short(old)} -> {_short(new)}"
 
 
 def _at(values: Mapping[str, Any], key: str) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from dist_rec.data.ids import Ragged
 from dist_rec.data.loader import Loader
 from dist_rec.data.schema import Schema
 from dist_rec.metrics.compute import MetricsConfig, compute
+from dist_rec.metrics.representations import Moments, describe
 from dist_rec.metrics.retrieval import RetrievalMetrics, report
 from dist_rec.metrics.rows import Rows, RowStore
 from dist_rec.training.retrieval import JUDGED, RetrievalTask, Search, item_vectors, listed
@@ -32,18 +33,32 @@ class EvaluateConfig:
     predictions: str | None = None  # write the rows (logits, labels, weight, groups) to this Parquet file
 
 
+@dataclass(frozen=True)
+class Diagnostics:
+    """What an evaluation says of a model besides its metrics.
+
+    Attributes:
+        compared: the representations that a step keeps, name -> columns, in their order there.
+        tables: collective; name -> value.
+    """
+
+    compared: Mapping[str, int] = field(default_factory=dict)
+    tables: Callable[[], dict[str, float]] = dict
+
+
 class Evaluation(NamedTuple):
     """What one pass over a split gives.
 
     Attributes:
-        metrics: the same on every rank. rows: what they were computed from, on rank 0, in the order of the loader:
-            without shuffle that of the files, on any number of ranks.
+        metrics: the same on every rank. rows: what they were computed from, see `collect`.
         policies: what the schema's policies did to values of the split, over all ranks (see `data.ids.PolicyCounts`).
+        diagnostics: the same on every rank; empty if none were asked for.
     """
 
     metrics: dict[str, float]
     rows: Rows | None
     policies: dict[str, int]
+    diagnostics: dict[str, float]
 
 
 def predict(model: DistributedModelParallel, loader: Loader, runtime: Runtime) -> Iterator[StepOutput]:
@@ -76,6 +91,29 @@ def forward(
         model.train(training)
 
 
+def collect(
+    model: DistributedModelParallel,
+    loader: Loader,
+    num_labels: int,
+    groups: Sequence[str],
+    runtime: Runtime,
+    note: Callable[[StepOutput], None] | None = None,
+) -> Rows | None:
+    """All rows of one pass over `loader` with their predictions, on rank 0; see `predict`. Collective.
+
+    They are in the order of the loader: without shuffle that of the files, on any number of ranks.
+
+    Args:
+        note: is shown every batch's output on the way.
+    """
+    store = RowStore(num_labels=num_labels, groups=groups)
+    for output in predict(model, loader, runtime):
+        store.append(output)
+        if note is not None:
+            note(output)
+    return store.merged(runtime.control)
+
+
 def evaluate(
     model: DistributedModelParallel,
     loader: Loader,
@@ -83,47 +121,60 @@ def evaluate(
     config: MetricsConfig,
     runtime: Runtime,
     groups: Sequence[str] | None = None,
+    diagnostics: Diagnostics = Diagnostics(),
     task: RetrievalTask | None = None,
 ) -> Evaluation:
-    """Evaluates one pass over `loader`; see `predict`. Collective.
+    """Evaluates one pass over `loader`; see `collect`. Collective.
 
     Args:
         groups: the groups to keep with the rows; by default those that the metrics need.
+        diagnostics: what else to say of the model.
         task: what is searched, for a model that is judged by retrieval.
     """
+    moments = Moments()
+
+    def note(output: StepOutput) -> None:
+        if output.compared is not None:
+            moments.add(output.compared, output.weights)
+
+    metrics: dict[str, float] | None = None
     if task is not None:
-        return _retrieval(model, loader, task, config, runtime, groups or ())
-    store = RowStore(num_labels=len(schema.labels), groups=config.groups if groups is None else groups)
-    for output in predict(model, loader, runtime):
-        store.append(output)
-    rows = store.merged(runtime.control)
-    metrics = compute(rows, schema, config) if rows is not None else None
-    return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts))
+        rows = _searched(model, loader, task, config.retrieval, runtime, groups or (), note)
+        if rows is not None:
+            metrics = report([rows.groups[name] for name in JUDGED], config.retrieval)
+    else:
+        kept = config.groups if groups is None else groups
+        rows = collect(model, loader, len(schema.labels), kept, runtime, note)
+        metrics = compute(rows, schema, config) if rows is not None else None
+    found = diagnostics.tables()
+    if diagnostics.compared:
+        found |= describe(moments.correlation(runtime.control), diagnostics.compared)
+    return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts), found)
 
 
-def _retrieval(
+def _searched(
     model: DistributedModelParallel,
     loader: Loader,
     task: RetrievalTask,
-    config: MetricsConfig,
+    config: RetrievalMetrics,
     runtime: Runtime,
     groups: Sequence[str],
-) -> Evaluation:
+    note: Callable[[StepOutput], None],
+) -> Rows | None:
+    """As `collect`, each row with its place in the list of its query."""
     batches, count = task.batches(runtime)
     mine = task.catalogue.share(runtime.rank, runtime.world_size)
-    vectors = item_vectors(forward(model, batches, count, runtime), len(mine))
-    search = Search(task, vectors, config.retrieval, runtime)
+    search = Search(task, item_vectors(forward(model, batches, count, runtime), len(mine)), config, runtime)
     store = RowStore(num_labels=0, groups=[*groups, *JUDGED])
     excluded: deque[list[Ragged]] = deque()  # of the batches that are under way
     try:
-        queries = _noted(iter(loader), excluded, config.retrieval)
+        queries = _noted(iter(loader), excluded, config)
         for output in forward(model, queries, loader.batches_left or 0, runtime):
             store.append(search.judged(output, excluded.popleft()))
+            note(output)
     finally:
         loader.close()
-    rows = store.merged(runtime.control)
-    metrics = report([rows.groups[name] for name in JUDGED], config.retrieval) if rows is not None else None
-    return Evaluation(runtime.broadcast(metrics), rows, runtime.total(loader.counts))
+    return store.merged(runtime.control)
 
 
 def _noted(batches: Iterator[Batch], excluded: deque[list[Ragged]], config: RetrievalMetrics) -> Iterator[Batch]:

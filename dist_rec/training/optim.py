@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from dist_rec.contract import AUXILIARIES
 from dist_rec.settings import Complaint
 
 TableOptimizerName = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
@@ -71,7 +72,8 @@ class OptimConfig:
     tables: TableOptimizer = field(default_factory=TableOptimizer)
     dense: DenseOptimizer = field(default_factory=DenseOptimizer)
     schedule: Schedule = field(default_factory=Schedule)
-    # clip the norm of the gradients of all parameters that are not tables; tables are never clipped
+    # clip the norm of the gradients of all parameters that are not tables; tables are never clipped. The parameters of
+    # auxiliaries are clipped apart, by a norm of their own: a head that is never served must not slow down what is
     clip_norm: float | None = None
 
     def check(self, device_type: str) -> Iterator[Complaint]:
@@ -147,6 +149,8 @@ class StepOptimizer:
         self.combined = CombinedOptimizer(parts)
         self.combined.save_param_groups(False)
         _check_owners([name for name, _ in here], [p.params for _, p in parts])
+        self._auxiliary = {n: p for n, p in self._dense.items() if n.startswith(AUXILIARIES)}
+        self._served = {n: p for n, p in self._dense.items() if n not in self._auxiliary}
         self._table_groups = [g for _, p in parts[: 1 + bool(replicated)] for g in p.param_groups]
         self._dense_groups = [g for _, p in parts[1 + bool(replicated) :] for g in p.param_groups]
         self._counting = list(_kernels(model.fused_optimizer)) if config.tables.name == "adam" else []
@@ -171,17 +175,8 @@ class StepOptimizer:
         Raises:
             NonFiniteGradient: on every rank at once, since DDP has averaged the gradients over all of them.
         """
-        gradients = {n: p.grad for n, p in self._dense.items() if p.grad is not None}
-        if gradients:
-            norm = nn.utils.get_total_norm(gradients.values())
-            if not torch.isfinite(norm):
-                names = [n for n, g in gradients.items() if not g.isfinite().all()]
-                where = (
-                    f"non-finite in {', '.join(names[:5])}" if names else "all values are finite, the norm overflows"
-                )
-                raise NonFiniteGradient(f"gradient norm {norm.item()}; {where}")
-            if self._config.clip_norm is not None:
-                nn.utils.clip_grads_with_norm_(self._dense.values(), self._config.clip_norm, norm)
+        for parameters in (self._served, self._auxiliary):
+            _clip(parameters, self._config.clip_norm)
         self.combined.step()
 
     def state(self) -> dict[str, dict[str, Any]]:
@@ -194,11 +189,31 @@ class StepOptimizer:
             part.set_optimizer_step(step)
         self.zero_grad()
 
+    def forget(self, names: Sequence[str]) -> None:
+        """Brings the state of parameters back to where it begins, after `prepare_load` has taken a step with them."""
+        for name in names:
+            for value in self.state().get(name, {}).values():
+                value.zero_()
+
     def prepare_load(self) -> None:
         """Makes every optimiser allocate its state, so that a checkpoint has somewhere to load into."""
         for _, part in self.combined.optimizers:
             if isinstance(part, KeyedOptimizerWrapper):
                 part.init_state()
+
+
+def _clip(parameters: Mapping[str, nn.Parameter], max_norm: float | None) -> None:
+    """Scales the gradients of `parameters` down to `max_norm`; raises NonFiniteGradient, also without a maximum."""
+    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    if not gradients:
+        return
+    norm = nn.utils.get_total_norm(gradients.values())
+    if not torch.isfinite(norm):
+        names = [n for n, g in gradients.items() if not g.isfinite().all()]
+        where = f"non-finite in {', '.join(names[:5])}" if names else "all values are finite, the norm overflows"
+        raise NonFiniteGradient(f"gradient norm {norm.item()}; {where}")
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
 
 
 def _kernels(optimizer: Any) -> Iterator[Any]:

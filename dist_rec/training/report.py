@@ -1,4 +1,4 @@
-"""What a run tells its user: a progress bar or plain lines, TensorBoard, metrics.jsonl, result.json, a last table."""
+"""What a run tells its user: a progress bar or plain lines, TensorBoard, its .jsonl files, result.json, a table."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from dist_rec.settings import Complaint
+from dist_rec.settings import Complaint, gather
+from dist_rec.training.weights import WeightsConfig
 
 _log = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float]
 
 _MEASURES = ("ne", "log_loss", "auc", "calibration", "mse", "gauc")  # the table's columns in their order
+_REPORTS, _WEIGHTS = "metrics.jsonl", "weights.jsonl"
 _HEADLINES = ("ne", "mse", "auc")  # what fits on a progress bar; without any of these, the loss terms
 _INTERVAL = "/ci"  # ends the name of a half-width of a confidence interval
 
@@ -32,19 +34,23 @@ class ReportConfig:
 
     every: int = 100  # steps between two reports of training
     tensorboard: bool = True  # write the same numbers for TensorBoard, under tb/ of the run
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about the settings, with keys relative to `report`."""
         if self.every < 1:
             yield Complaint("every", f"is {self.every}; a report comes every so many steps, at least 1")
+        yield from gather("weights", self.weights.check())
 
 
 class Reporter:
     """Shows and records what is reported to it; on ranks other than the main one every call does nothing.
 
     On a terminal there is one progress bar, elsewhere a line per report. `metrics.jsonl` has a JSON object per report,
-    appended as a whole line: "step", "examples", "split", "metrics", and for the split "train"
-    "examples_per_second" and "data_wait_share". Numbers that are not finite are null there and in `result.json`.
+    appended as a whole line: "step", "examples", "split", "metrics", for the split "train" "examples_per_second" and
+    "data_wait_share", and for an evaluation with diagnostics "diagnostics". Where `report.weights` names parameters,
+    `weights.jsonl` has an object per record: "step", "examples", "parameters". Numbers that are not finite are null in
+    all files.
 
     Example::
 
@@ -77,7 +83,7 @@ class Reporter:
         self._live = is_main and _has_width(self._stream)
         self._step = 0
         self._kept_until: int | None = None  # the step up to which an earlier attempt's reports stay; -1: none
-        self._reported: set[str] = set()  # splits whose evaluation at that step is recorded
+        self._reported: set[str] = set()  # splits whose evaluation at that step is recorded, and _WEIGHTS if they are
         self._last = (0, 0.0, 0.0)  # examples, seconds, wait_seconds at the last report of training
         self._bar: tqdm | None = None
         self._writer: Any = None
@@ -93,19 +99,26 @@ class Reporter:
     def resume(self, step: int, examples: int, seconds: float, wait_seconds: float) -> None:
         """Keeps the reports of an earlier attempt up to `step`, from which training resumes, and drops later ones.
 
-        `metrics.jsonl` is replaced in one go; a last line that a crash cut short is dropped too. An evaluation that was
+        Each file is replaced in one go; a last line that a crash cut short is dropped too. An evaluation that was
         reported at `step` already is not reported again. The other arguments are as in `train`, at `step`.
         """
         self._step = self._kept_until = step
         self._last = (examples, seconds, wait_seconds)
-        path = self._dir / "metrics.jsonl"
-        if not self._main or not path.exists():
+        if not self._main:
             return
+        places = [(report["step"], report["split"]) for report in map(json.loads, self._keep(_REPORTS, step))]
+        places += [(record["step"], _WEIGHTS) for record in map(json.loads, self._keep(_WEIGHTS, step))]
+        self._reported = {what for at, what in places if at == step and what != "train"}
+
+    def _keep(self, name: str, step: int) -> list[str]:
+        """The lines of a file up to `step`, which then are all that it has."""
+        path = self._dir / name
+        if not path.exists():
+            return []
         with path.open(encoding="utf-8") as lines:
             kept = [line for line in lines if _step_of(line, path) <= step]
         _replace(path, "".join(kept))
-        places = [(report["step"], report["split"]) for report in map(json.loads, kept)]
-        self._reported = {split for at, split in places if at == step and split != "train"}
+        return kept
 
     def line(self, text: str) -> None:
         """Prints `text`, above the progress bar if there is one."""
@@ -153,16 +166,28 @@ class Reporter:
             left = str(timedelta(seconds=round((self._total - step) * seconds / step))) if step else "unknown"
             self.line(f"train  step {step}/{self._total}  examples {examples:,}  {summary}  remaining {left}")
 
-    def evaluation(self, step: int, examples: int, split: str, metrics: Metrics) -> None:
-        """Reports an evaluation of `split` after `step` steps of training on `examples` rows."""
+    def evaluation(
+        self, step: int, examples: int, split: str, metrics: Metrics, diagnostics: Metrics | None = None
+    ) -> None:
+        """Reports an evaluation of `split` after `step` steps of training on `examples` rows.
+
+        Of the diagnostics, only those of the model as a whole (without "/") are printed.
+        """
         if not self._main:
             return
         if step == self._kept_until and split in self._reported:
             return
-        self._record({"step": step, "examples": examples, "split": split, "metrics": metrics})
-        self._to_tensorboard(split, step, metrics)
+        more = {"diagnostics": diagnostics} if diagnostics else {}
+        self._record({"step": step, "examples": examples, "split": split, "metrics": metrics, **more})
+        self._to_tensorboard(split, step, {**metrics, **(diagnostics or {})})
         overall = {k: v for k, v in metrics.items() if not _place(k)[2] and not k.endswith(_INTERVAL)}
+        overall |= {k: v for k, v in (diagnostics or {}).items() if "/" not in k}
         self.line(f"{split}  step {step}/{self._total}  {_words(overall)}")
+
+    def weights(self, step: int, examples: int, parameters: Sequence[Mapping[str, Any]]) -> None:
+        """Records what `WeightRecorder.measure` found after `step` steps of training on `examples` rows."""
+        if self._main and not (step == self._kept_until and _WEIGHTS in self._reported):
+            self._record({"step": step, "examples": examples, "parameters": parameters}, _WEIGHTS)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes `result.json`, prints the last table and closes.
@@ -195,12 +220,12 @@ class Reporter:
             )
         return self._bar
 
-    def _record(self, report: Mapping[str, Any]) -> None:
-        path = self._dir / "metrics.jsonl"
+    def _record(self, report: Mapping[str, Any], name: str = _REPORTS) -> None:
         if self._kept_until is None:
             self._kept_until = -1
-            path.unlink(missing_ok=True)  # of a run that started here before and left no checkpoint
-        with path.open("a", encoding="utf-8") as file:
+            for left in (_REPORTS, _WEIGHTS):  # by a run that started here before and wrote no checkpoint
+                (self._dir / left).unlink(missing_ok=True)
+        with (self._dir / name).open("a", encoding="utf-8") as file:
             file.write(to_json(report) + "\n")
 
     def _to_tensorboard(self, split: str, step: int, metrics: Metrics) -> None:

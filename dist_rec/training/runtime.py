@@ -46,7 +46,7 @@ class RunSettings:
             yield Complaint("seed", f"is {self.seed}; use a number >= 0")
         if not self.timeout_minutes > 0:
             yield Complaint("timeout_minutes", f"is {self.timeout_minutes}; use a number of minutes > 0")
-        yield from _check_writable(Path(self.dir))
+        yield from check_writable(Path(self.dir), "dir")
 
 
 def has_cuda_kernels() -> bool:
@@ -54,17 +54,18 @@ def has_cuda_kernels() -> bool:
     return any(importlib.metadata.distributions(name="fbgemm-gpu"))
 
 
-def _check_writable(folder: Path) -> Iterator[Complaint]:
+def check_writable(folder: Path, key: str) -> Iterator[Complaint]:
+    """A complaint about `key` if no file can be made in `folder` or, if it is not there yet, where it would be made."""
     existing = next((p for p in (folder, *folder.parents) if p.exists()), Path("."))
     if not existing.is_dir():
-        yield Complaint("dir", f"is '{folder}', but '{existing}' is a file; name a folder")
+        yield Complaint(key, f"is '{folder}', but '{existing}' is a file; name a folder")
         return
     try:  # asking for permissions would not do: root has them all, and a full or read-only disk refuses root too
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"0")
     except OSError as error:
         text = f"is '{folder}', but '{existing}' cannot be written ({error.strerror}); choose another folder"
-        yield Complaint("dir", text)
+        yield Complaint(key, text)
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,21 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every rank, by rank, on every rank (any picklable objects)."""
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, value, group=self.control)
+        return every
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' `values`, tensors of one shape, on every rank and on the host."""
+        result = values.cpu().clone()
+        dist.all_reduce(result, group=self.control)
+        return result
+
     def total(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Counts of all ranks added up, on every rank."""
-        every: list[Mapping[str, int]] = [{} for _ in range(self.world_size)]
-        dist.all_gather_object(every, dict(counts), group=self.control)
+        every = self.gather(dict(counts))
         names = sorted({name for part in every for name in part})
         return {name: sum(part.get(name, 0) for part in every) for name in names}
 
@@ -130,7 +142,7 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Lets glibc keep what a step has freed for the next step.
 
     By itself it gives a step's large tensors back to the kernel and faults every page in again: 1.2 to 1.6 times slower
@@ -155,7 +167,7 @@ def process(settings: RunSettings) -> Iterator[Runtime]:
     local_rank, local_world_size = (int(os.environ.get(name, value)) for name, value in _LOCAL)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if not cuda:
-        _keep_freed_memory()
+        keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # as torchrun has it: threads of ranks or of neighbours would wait for each other
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from dist_rec.training.evaluation import Evaluation
 from dist_rec.training.optim import NonFiniteGradient, StepOptimizer
 from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime
+from dist_rec.training.weights import WeightRecorder
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +171,7 @@ class Trainer:
     config: TrainConfig
     metrics: MetricsConfig
     reporter: Reporter
+    weights: WeightRecorder
     checkpointer: Checkpointer
     runtime: Runtime
     total_steps: int
@@ -192,9 +194,9 @@ class Trainer:
         self._saved_step: int | None = None
         self._evaluated: tuple[int, Evaluation] | None = None
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Loads everything but the data position, which the loader was made from."""
-        for part in self.checkpointer.load(checkpoint, self.model, self.optimizer):
+    def resume(self, checkpoint: Checkpoint, fresh: Sequence[str] = ()) -> None:
+        """Loads everything but the data position, which the loader was made from, and the auxiliaries `fresh`."""
+        for part in self.checkpointer.load(checkpoint, self.model, self.optimizer, fresh):
             self.window.load_state(part["window"])
             self._losses.load_state(part["losses"])
         self.progress = Progress(**checkpoint.meta["progress"])
@@ -218,6 +220,8 @@ class Trainer:
     def run_to(self, step: int) -> None:
         """Trains until `step` steps are done, or until early stopping says that it is enough."""
         self.model.train()
+        if self.progress.step == 0:
+            self._record_weights()
         self._batches = self._batches or iter(self.loader)
         started, waited = time.perf_counter(), self.loader.wait_seconds
         while self.progress.step < step and not self._should_stop():
@@ -250,6 +254,7 @@ class Trainer:
         step, last = self.progress.step, self.progress.step == self.total_steps
         if step % self.report_every == 0 or last:
             self._report()
+        self._record_weights()
         every, improved = self.config.eval_every, False
         if self.validation is not None and (last or (every is not None and step % every == 0)):
             improved = self._judge(self._validate())
@@ -266,6 +271,11 @@ class Trainer:
         metrics |= self._losses.take(self.runtime)
         self.reporter.train(p.step, p.examples, metrics, seconds=p.seconds, wait_seconds=p.wait_seconds)
 
+    def _record_weights(self, *, last: bool = False) -> None:
+        step = self.progress.step
+        if self.runtime.is_main and self.weights.due(step, last):
+            self.reporter.weights(step, self.measured().examples, self.weights.measure(step))
+
     def _validate(self) -> Evaluation:
         assert self.validation is not None
         if self._evaluated is not None and self._evaluated[0] == self.progress.step:
@@ -273,7 +283,8 @@ class Trainer:
         self.pipeline.detach()  # batches in flight stay in the pipeline and are trained on afterwards
         result = self.validation()
         self._evaluated = (self.progress.step, result)
-        self.reporter.evaluation(self.progress.step, self.measured().examples, "validation", result.metrics)
+        p = self.measured()
+        self.reporter.evaluation(p.step, p.examples, "validation", result.metrics, result.diagnostics)
         return result
 
     def _judge(self, result: Evaluation) -> bool:
@@ -296,6 +307,7 @@ class Trainer:
         return rule is not None and self.progress.evaluations_since_best >= rule.patience
 
     def _finish(self) -> Evaluation | None:
+        self._record_weights(last=True)
         result = self._validate() if self.validation is not None else None
         self._save()
         best = self.progress.best_step

@@ -34,6 +34,7 @@ from dist_rec.training.checkpoint import Checkpointer
 from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime, process
 from dist_rec.training.trainer import Trainer
+from dist_rec.training.weights import WeightRecorder
 
 NUM_DENSE, NUM_SPARSE = 13, 26
 
@@ -120,6 +121,7 @@ def _ours(config: RunConfig, runtime: Runtime, data: JobData, steps: int) -> Cal
         config=config.train,
         metrics=config.metrics,
         reporter=Reporter(folder, total_steps=10**9, is_main=runtime.is_main, config=config.report, stream=sys.stderr),
+        weights=WeightRecorder(parts.model, config.report.weights),
         checkpointer=Checkpointer(folder / "checkpoints", config.checkpoint, runtime),
         runtime=runtime,
         total_steps=10**9,

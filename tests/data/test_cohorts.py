@@ -56,8 +56,9 @@ def test_a_row_is_in_a_cohort_if_all_its_cells_are(tmp_path: Path) -> None:
 
 
 def test_a_file_is_read_without_what_it_says_besides(tmp_path: Path) -> None:
-    cohorts = read(write(tmp_path / "cohorts.json", label="click"))
-    assert asdict(cohorts) == {**{key: value for key, value in GOOD.items() if key != "divergence"}, "label": "click"}
+    path = write(tmp_path / "cohorts.json", label="click")
+    known = {key: value for key, value in GOOD.items() if key != "divergence"}
+    assert asdict(read(path)) == {**known, "label": "click", "path": str(path)}
 
 
 def test_it_must_fit_the_schema(tmp_path: Path) -> None:

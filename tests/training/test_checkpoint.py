@@ -74,14 +74,19 @@ def test_weights_and_optimiser_states_follow_to_any_number_of_ranks(data, tmp_pa
         (MIXED, "adagrad", "sgd"),
         (MIXED_2, "sgd", "adamw"),
         (dict.fromkeys(MIXED, "column_wise"), "adagrad", "adamw"),
+        (MIXED, "rowwise_adagrad", "adamw", 16),  # two layers: both are kept, and reshard
+        (MIXED_2, "adagrad", "adagrad", 16),
     ]
     runs = [
-        _run(data, tmp_path / str(i), *case, train={"steps": 7}, sharding={"min_columns": 4})
+        _run(data, tmp_path / str(i), *case[:3], train={"steps": 7}, sharding={"min_columns": 4},
+             embeddings={"inner_dim": case[3] if len(case) > 3 else None})
         for i, case in enumerate(cases)
-    ]
+    ]  # fmt: skip
     saved = run_ranks(_trained, 2, runs)
     # loaded with rows where tables were, and the other way round
-    moved = [{**run, "embeddings": runs[other]["embeddings"]} for run, other in zip(runs, (1, 0, 1, 0, 4), strict=True)]
+    moved = [
+        {**run, "embeddings": runs[other]["embeddings"]} for run, other in zip(runs, (1, 0, 1, 0, 4, 6, 5), strict=True)
+    ]
     for world_size in (1, 2, 3):
         for loaded in run_ranks(_loaded, world_size, moved):
             for case, before, after in zip(cases, saved[0], loaded, strict=True):
@@ -91,6 +96,9 @@ def test_weights_and_optimiser_states_follow_to_any_number_of_ranks(data, tmp_pa
     states = [name for name in saved[0][0] if name.startswith("optimizer/")]
     assert any("main_user" in name for name in states) and any("main_tags" in name for name in states)
     assert any("exp_avg_sq" in name for name in states)
+    second = [name for name in saved[0][5] if "projections.main_" in name]
+    assert len([name for name in second if name.startswith("model/")]) == len(MIXED)
+    assert any("exp_avg_sq" in name for name in second), "with the dense optimiser's state"
     tables = [name for name in saved[0][3] if name.startswith("optimizer/") and "embedding_bags" in name]
     assert not tables, "plain SGD has no state"
 

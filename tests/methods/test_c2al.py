@@ -1,0 +1,372 @@
+"""C2AL by its checkable properties: labels, losses, gradients; off is absent, sharded is unsharded, resumed is whole.
+
+The cohorts that a run finds, and what divergences are, is in tests/metrics; whether the heads help in test_recovery.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from dist_rec.auxiliary.c2al import C2AL, Config, RandomCohorts, auxiliary_labels, drawn
+from dist_rec.config import ConfigError, from_mapping, to_mapping
+from dist_rec.contract import AUXILIARIES, ArchOutput
+from dist_rec.data.batch import Batch
+from dist_rec.data.cohorts import Cohorts
+from dist_rec.data.schema import GroupColumn, LabelColumn, Schema, SparseColumn
+from dist_rec.recommender import build, distribute
+from dist_rec.training.checkpoint import CheckpointError, find
+from tests import examples
+from tests.ranks import run_ranks
+from tests.runs import merged, reports, train_all, values, write
+from tests.sharded import runtime
+from tests.training.stepping import updates
+
+COHORTS: dict[str, Any] = {
+    "axes": ["domain"],
+    "edges": {"domain": None},
+    "head": {"domain": 2},
+    "tail": {"domain": 0},
+    "head_rate": 0.15,
+    "tail_rate": 0.1,
+    "head_mass": 0.3,
+    "tail_mass": 0.3,
+}
+SCHEMA = Schema(
+    labels={"click": LabelColumn(), "buy": LabelColumn()},
+    sparse={"s": SparseColumn(num_ids=2)},
+    groups={"domain": GroupColumn("domain"), "row": GroupColumn("row")},
+)
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    """`auxiliary.c2al` on the cohorts above."""
+    return {"cohorts": COHORTS, "lambda_head": 0.5, "lambda_tail": 0.25, **changes}
+
+
+def make_batch(labels: torch.Tensor, weights: torch.Tensor, **groups: torch.Tensor) -> Batch:
+    empty = KeyedJaggedTensor.from_lengths_sync(["s"], torch.zeros(0).long(), torch.zeros(len(labels)).long())
+    return Batch(torch.zeros(len(labels), 0), empty, labels, weights, groups)
+
+
+def encode(view: str) -> torch.Tensor:
+    raise AssertionError(f"c2al asked for view {view}")
+
+
+def heads(width: int = 3, **changes: Any) -> C2AL:
+    """The heads of a model whose representation "shared" has that width."""
+    return Config(**{**settings(label="buy", **changes), "cohorts": Cohorts(**COHORTS)}).build(
+        SCHEMA, {"shared": width}
+    )
+
+
+def test_labels_are_those_of_the_cohort_and_partial_elsewhere() -> None:
+    torch.manual_seed(0)
+    y = torch.randint(0, 2, (500,)).float()
+    masks = Cohorts(**COHORTS).masks({"domain": torch.randint(-1, 4, (500,))})
+    assert masks.head.any() and masks.tail.any() and not (masks.head | masks.tail).all()
+    found = auxiliary_labels(y, masks)
+    head, tail = found["head"], found["tail"]
+    assert (head + tail <= y).all() and (head * tail == 0).all()
+    assert head.sum() == y[masks.head].sum() > 0 and tail.sum() == y[masks.tail].sum() > 0
+    assert head[y == 0].sum() == tail[y == 0].sum() == 0
+    # the truth table of (y, y_head, y_tail)
+    triples = set(zip(y.tolist(), head.tolist(), tail.tolist(), strict=True))
+    assert triples == {(1, 1, 0), (1, 0, 1), (1, 0, 0), (0, 0, 0)}
+
+
+def test_loss_and_gradient_equal_those_computed_by_hand() -> None:
+    module = heads()
+    h = torch.tensor([[1.0, 2, 3], [0, -1, 1], [2, 0, 0], [5, 5, 5]], requires_grad=True)
+    labels = torch.tensor([[0.0, 1], [1, 1], [1, 0], [1, 1]])  # y is "buy", the second
+    weights = torch.tensor([1.0, 2, 0.5, 0])  # the last row is padding
+    domain = torch.tensor([2, 0, 2, -1])
+    terms = module(ArchOutput(torch.zeros(4, 2), {"shared": h}), make_batch(labels, weights, domain=domain), encode)
+    assert list(terms) == ["c2al/head", "c2al/tail"]
+    expected_grad = torch.zeros_like(h)
+    for name, factor, targets in (("head", 0.5, [1, 0, 0, 0]), ("tail", 0.25, [0, 1, 0, 0])):
+        (w, b), expected = module.heads[name].parameters(), 0.0
+        for row in range(4):
+            z = (h[row] @ w[0] + b).item()
+            p = 1 / (1 + math.exp(-z))
+            expected -= factor * float(weights[row]) / 4 * math.log(p if targets[row] else 1 - p)
+            expected_grad[row] += factor * weights[row] / 4 * (p - targets[row]) * w[0].detach()
+        assert terms[f"c2al/{name}"].item() == pytest.approx(expected, rel=1e-5)
+    torch.stack(list(terms.values())).sum().backward()
+    torch.testing.assert_close(h.grad, expected_grad, rtol=1e-5, atol=1e-7)
+
+
+def test_heads_start_at_the_logit_of_their_rates() -> None:
+    for module, rates in ((heads(), (0.15, 0.1)), (heads(hidden=[4], head_rate=0.001), (0.001, 0.1))):
+        for head, rate in zip(module.heads.values(), rates, strict=True):
+            assert torch.sigmoid(head[-1].bias).item() == pytest.approx(rate, rel=1e-5)
+
+
+def test_a_head_without_weight_is_not_there() -> None:
+    assert list(heads(lambda_head=0.0).heads) == ["tail"]
+    off = heads(lambda_head=0.0, lambda_tail=0.0)
+    assert not list(off.parameters())
+    assert off(ArchOutput(torch.zeros(1, 2), {}), make_batch(torch.zeros(1, 2), torch.ones(1)), encode) == {}
+
+
+def test_a_wide_range_representation_stays_float32_under_autocast() -> None:
+    h, labels = torch.randn(4, 3), torch.zeros(4, 2)
+    batch = make_batch(labels, torch.ones(4), domain=torch.zeros(4).long())
+    terms = heads()(ArchOutput(torch.zeros(4, 2), {"shared": h.bfloat16()}), batch, encode)
+    assert all(term.dtype == torch.float32 for term in terms.values())
+
+
+def test_random_cohorts_have_the_mass_and_depend_on_nothing_but_value_and_seed() -> None:
+    cohorts = Cohorts(**{**COHORTS, "head_mass": 0.05, "tail_mass": 0.2, "head_rate": 0.01, "tail_rate": 0.04})
+    rows = torch.arange(200_000)
+    head, tail = drawn(cohorts, RandomCohorts("row"))({"row": rows})
+    for mask, mass in ((head, 0.05), (tail, 0.2)):
+        assert abs(mask.float().mean().item() - mass) < 5 * math.sqrt(mass * (1 - mass) / len(rows))
+        # neighbours are drawn apart: the share of pairs is the square
+        assert abs((mask[1:] & mask[:-1]).float().mean().item() - mass**2) < 0.005
+    assert not (head & tail).any()
+    order = torch.randperm(len(rows))
+    again = drawn(cohorts, RandomCohorts("row"))({"row": rows[order]})
+    assert torch.equal(again.head, head[order]) and torch.equal(again.tail, tail[order])
+    other = drawn(cohorts, RandomCohorts("row", seed=1))({"row": rows}).head
+    assert abs((other & head).float().mean().item() - 0.05**2) < 0.002
+    negative = drawn(cohorts, RandomCohorts("row"))({"row": -rows}).head
+    assert abs(negative.float().mean().item() - 0.05) < 0.003
+
+
+def test_random_heads_start_at_the_rate_of_all_rows_in_the_cohorts() -> None:
+    module = heads(random=RandomCohorts("row"))  # 0.25 positive among 0.6, so 0.125 among each 0.3
+    for head in module.heads.values():
+        assert torch.sigmoid(head[-1].bias).item() == pytest.approx(0.125, rel=1e-5)
+
+
+def test_bad_settings_are_named_together(tmp_path: Path) -> None:
+    good = Config(**settings(label="buy", cohorts=Cohorts(**COHORTS)))
+    assert list(good.check(SCHEMA)) == []
+    bad = {"lambda_head": -1.0, "hidden": [0], "random": RandomCohorts("users"), "label": "by"}
+    found = {c.key: c.text for c in Config(**{**vars(good), **bad}).check(SCHEMA)}
+    assert found.keys() == {"lambda_head", "hidden", "random.group", "label"}
+    assert "known: domain, row" in found["random.group"]
+
+    def complaint(**changes: Any) -> tuple[str, str]:
+        cohorts = Cohorts(**{**COHORTS, **changes.pop("cohort", {})})
+        ((key, text),) = Config(**{**vars(good), "cohorts": cohorts, **changes}).check(SCHEMA)
+        return key, text
+
+    assert complaint(label=None) == ("label", "is needed where the schema has several labels: choose one of click, buy")
+    assert "count 'click'" in complaint(cohort={"label": "click"})[1]
+    assert complaint(cohort={"tail_rate": 0.0})[0] == "tail_rate"
+    assert complaint(cohort={"axes": ["age"], "edges": {"age": None}, "head": {"age": 1}, "tail": {"age": 0}})[0] == (
+        "cohorts.axes"
+    )
+    assert complaint(cohort={"head": {"domain": 0}})[0] == "cohorts.tail"
+    path = str(tmp_path / "cohorts.json")
+    (missing,) = Config(cohorts=path, label="buy").check(SCHEMA)
+    assert missing.key == f"cohorts.{path}" and "dist-rec cohorts" in missing.text
+    schema = Schema(labels={"rating": LabelColumn(kind="real")}, sparse=SCHEMA.sparse, groups=SCHEMA.groups)
+    (kind,) = Config(**settings(cohorts=Cohorts(**COHORTS))).check(schema)
+    assert "binary" in kind.text
+
+
+def test_an_unknown_representation_is_named_with_those_there_are() -> None:
+    config = examples.config(
+        schema={"groups": {"domain": {"column": "d"}}}, auxiliary={"c2al": settings(representation="x")}
+    )
+    with pytest.raises(ConfigError, match=r"auxiliary.c2al.representation: is 'x'.*known: shared"):
+        build(config)
+
+
+def test_the_saved_config_carries_the_cohorts_and_needs_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "cohorts.json"
+    path.write_text(json.dumps(COHORTS))
+    run = values("unused", tmp_path / "run", auxiliary={"c2al": settings(cohorts=str(path))})
+    saved = to_mapping(from_mapping(run))
+    assert saved["auxiliary"]["c2al"]["cohorts"] == {**COHORTS, "label": None, "path": str(path)}
+    path.unlink()
+    assert to_mapping(from_mapping(saved)) == saved
+    with pytest.raises(ConfigError, match=r"auxiliary.c2al.cohorts.*cannot be read"):
+        from_mapping(run)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "dlrm": {"model": {"name": "dlrm", "dim": 8, "bottom": [16], "top": [16]}},
+    "dcn": {"model": {"name": "dcn", "dim": 8, "deep": [16]}},
+    "dhen": {"model": {"name": "dhen", "dim": 8, "bottom": [16], "top": [16]}},
+    "mlet": {"model": {"name": "dcn", "dim": 8, "deep": [16]}, "embeddings": {"inner_dim": 16}},
+}
+
+
+def _example(name: str, **sections: Any) -> dict[str, Any]:
+    """A small model with heads; the learning rates make a wrong factor show."""
+    groups = {"domain": {"column": "domain"}}
+    rates = {"tables": {"name": "sgd", "lr": 1.0}, "dense": {"name": "sgd", "lr": 0.1}}
+    return examples.mapping(
+        schema={"groups": groups}, optim=rates, auxiliary={"c2al": settings(hidden=[5])}, **MODELS[name], **sections
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_updates_on_several_ranks_equal_those_on_one(world_size: int) -> None:
+    runs = [_example(name) for name in MODELS]
+    every = zip(MODELS, run_ranks(updates, 1, runs)[0], run_ranks(updates, world_size, runs)[0], strict=True)
+    for name, one, several in every:
+        assert one.keys() == several.keys()
+        assert sum(n.startswith(AUXILIARIES) for n in one) == 8
+        for parameter, update in one.items():
+            assert update.norm() > 0, f"{name}: {parameter} did not train"
+            error = (several[parameter] - update).norm() / update.norm()
+            assert error < 1e-4, f"{name} on {world_size} ranks: the update of {parameter} is off by {error:.1e}"
+
+
+def test_a_model_without_heads_has_the_same_other_parameters() -> None:
+    for name in MODELS:
+        whole, plain = (build(from_mapping({**_example(name), **a}))[0] for a in ({}, {"auxiliary": {}}))
+        with_heads, without = whole.state_dict(), plain.state_dict()
+        assert {n: v.shape for n, v in without.items()} == {
+            n: v.shape for n, v in with_heads.items() if not n.startswith(AUXILIARIES)
+        }
+        # built from the same random numbers
+        dense = {n: v for n, v in without.items() if n.startswith("dense.")}
+        assert dense and all(torch.equal(with_heads[n], v) for n, v in dense.items())
+
+
+def _clipped(rank: int, world_size: int, run: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Updates of the dense parameters by gradients of 1, of 100 in heads, clipped."""
+    parts = distribute(from_mapping(run), runtime(rank, world_size))
+    dense = {n: p for n, p in parts.model.named_parameters() if ".embedding_bags." not in n}
+    for name, p in dense.items():
+        p.grad = torch.full_like(p, 100.0 if name.startswith(AUXILIARIES) else 1.0)
+    before = {n: p.detach().clone() for n, p in dense.items()}
+    parts.optimizer.step()
+    return {n: before[n] - p.detach() for n, p in dense.items()}
+
+
+def test_heads_are_clipped_apart_and_do_not_slow_down_what_is_served() -> None:
+    run = _example("dcn")
+    run["optim"]["clip_norm"] = 0.3
+    ((whole,), (plain,)) = (run_ranks(_clipped, 1, {**run, **a}) for a in ({}, {"auxiliary": {}}))
+    assert all(torch.equal(whole[n], update) for n, update in plain.items())
+    for prefix in (AUXILIARIES, "dense.arch"):
+        norm = torch.cat([u.flatten() for n, u in whole.items() if n.startswith(prefix)]).norm()
+        assert norm.item() == pytest.approx(0.1 * 0.3, rel=1e-4)  # learning rate times the maximum
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 rows."""
+    return write(tmp_path_factory.mktemp("data"), 300)
+
+
+def _run(data: Path, folder: Path, /, **sections: Any) -> dict[str, Any]:
+    base = {
+        "model": {"dropout": 0.2},
+        "optim": {"dense": {"name": "adamw", "lr": 0.01}, "clip_norm": 1.0},
+        "train": {"steps": 12, "epochs": 9},
+        "report": {"every": 1},
+    }
+    return values(data, folder, **merged(base, sections))
+
+
+def _weights(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in find(folder / "checkpoints")[-1].path.glob("*.distcp")}
+
+
+def _losses(folder: Path, name: str) -> list[float]:
+    return [r["metrics"][f"loss/{name}"] for r in reports(folder, "train")]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_without_weight_the_run_is_the_plain_one_bit_for_bit(data: Path, tmp_path: Path, world_size: int) -> None:
+    off = {"c2al": settings(lambda_head=0.0, lambda_tail=0.0, hidden=[7])}
+    auxiliary = {"plain": {}, "off": off, "on": {"c2al": settings(hidden=[7])}}
+    folders = {name: tmp_path / name for name in auxiliary}
+    run_ranks(train_all, world_size, [_run(data, folders[n], auxiliary=a) for n, a in auxiliary.items()])
+    assert _weights(folders["plain"]) == _weights(folders["off"])
+    plain, off_losses, on = (_losses(folder, "bce") for folder in folders.values())
+    assert plain == off_losses
+    # with heads: the same start and the same random numbers (dropout), then another way
+    assert on[0] == plain[0] and on[1:] != plain[1:]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resumed_is_bit_identical_to_uninterrupted(data: Path, tmp_path: Path, world_size: int) -> None:
+    whole, halves = (_run(data, tmp_path / n, auxiliary={"c2al": settings(hidden=[7])}) for n in ("whole", "halves"))
+    run_ranks(train_all, world_size, [whole, merged(halves, {"train": {"steps": 5}}), halves])
+    assert _weights(tmp_path / "whole") == _weights(tmp_path / "halves")
+    assert _losses(tmp_path / "whole", "c2al/tail") == _losses(tmp_path / "halves", "c2al/tail")
+
+
+def _attempts(rank: int, world_size: int, runs: list[dict[str, Any]]) -> list[str]:
+    said = []
+    for run in runs:
+        try:
+            train_all(rank, world_size, [run])
+            said.append("trained")
+        except CheckpointError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_changed_file_of_cohorts_is_refused_and_a_moved_one_is_not(data: Path, tmp_path: Path) -> None:
+    first, moved, changed = (tmp_path / f"{name}.json" for name in ("first", "moved", "changed"))
+    for path in (first, moved):
+        path.write_text(json.dumps({**COHORTS, "found": path.name}))  # what is not read may differ too
+    changed.write_text(json.dumps({**COHORTS, "head": {"domain": 1}}))
+    runs = [
+        _run(data, tmp_path / "run", auxiliary={"c2al": settings(cohorts=str(path))}, train={"steps": steps})
+        for path, steps in ((first, 4), (moved, 6), (changed, 8))
+    ]
+    said = run_ranks(_attempts, 1, runs)[0]
+    assert said[:2] == ["trained", "trained"]
+    assert "auxiliary.c2al.cohorts.head.domain: 2 -> 1" in said[2] and "checkpoint.renew=[c2al]" in said[2]
+
+
+def _loaded(rank: int, world_size: int, run: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
+    """Parameters of the checkpoint of a step, by name, from its own file."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    checkpoint = next(c for c in find(Path(run["run"]["dir"]) / "checkpoints") if c.step == steps)
+    dcp_to_torch_save(checkpoint.path, checkpoint.path / "whole.pt")
+    state = torch.load(checkpoint.path / "whole.pt", weights_only=False)
+    return {**state["model"], **{f"state.{n}": s for n, s in state["optimizer"].items()}}
+
+
+def test_heads_come_and_go_by_an_explicit_word_only(data: Path, tmp_path: Path, capsys) -> None:
+    plain = _run(data, tmp_path / "run", train={"steps": 4}, checkpoint={"keep": 9})
+    on = merged(plain, {"auxiliary": {"c2al": settings()}, "train": {"steps": 5}})
+    allowed = merged(on, {"checkpoint": {"renew": ["c2al"]}})
+    gone = merged(plain, {"train": {"steps": 9}})
+    runs = [plain, on, allowed, merged(allowed, {"train": {"steps": 7}}), gone]
+    said = run_ranks(_attempts, 1, [*runs, merged(gone, {"checkpoint": {"renew": ["c2al"]}})])[0]
+    assert [text == "trained" for text in said] == [True, False, True, True, False, True]
+    assert "auxiliary.c2al.lambda_head: nothing -> 0.5" in said[1]
+    assert "auxiliary.c2al.lambda_head: 0.5 -> nothing" in said[4]
+    out = capsys.readouterr().out
+    # the second run by the same config goes on with the heads of the first
+    assert out.count("auxiliary c2al: starts anew") == 1 and out.count("auxiliary c2al: dropped") == 1
+
+
+def test_heads_that_are_new_start_as_they_would_in_a_new_run(data: Path, tmp_path: Path) -> None:
+    """Adam moves every parameter by the learning rate in its first step, and by less in any later one."""
+    plain = _run(data, tmp_path / "run", train={"steps": 4}, optim={"clip_norm": None}, checkpoint={"keep": 9})
+    more = {"auxiliary": {"c2al": settings()}, "train": {"steps": 5}, "checkpoint": {"renew": ["c2al"]}}
+    run_ranks(train_all, 1, [plain, merged(plain, more)])
+    (found,) = run_ranks(_loaded, 1, plain, 5)
+    (fresh,) = run_ranks(_initial, 1, merged(plain, more))
+    for name, start in fresh.items():
+        moved = (found[name] - start).abs()
+        moved = moved[moved > 0]  # an idle column of the representation moves nothing
+        assert len(moved) > 0
+        torch.testing.assert_close(moved, torch.full_like(moved, 0.01), rtol=1e-3, atol=0)
+        assert found[f"state.{name}"]["step"] == 1
+
+
+def _initial(rank: int, world_size: int, run: dict[str, Any]) -> dict[str, torch.Tensor]:
+    model, _ = build(from_mapping(run))
+    return {n: v for n, v in model.state_dict().items() if n.startswith(AUXILIARIES)}

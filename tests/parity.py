@@ -1,0 +1,102 @@
+"""Sharded against unsharded training: the same global batches through the framework on any number of ranks and through
+plain torch, and the relative difference of what every parameter was changed by.
+
+Updates are compared, not parameters: a wrong factor on a small gradient moves a parameter by less than any tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.optim import RowWiseAdagrad
+
+from dist_rec.config import RunConfig
+from dist_rec.embeddings.sharding import initialise, sharding_types
+from dist_rec.recommender import Distributed, build, distribute
+from dist_rec.training.trainer import GuardedPipeline
+from tests.examples import global_batch, share
+from tests.sharded import runtime, whole
+
+STEPS, ROWS = 6, 12  # global rows of a step: they divide by 1, 2 and 3 ranks
+
+
+class Training(NamedTuple):
+    """What some steps did: a loss for each, and every parameter before and after; for sharded ones also the plan, and
+    the names of the sharded modules that are pipelined and of all of them."""
+
+    losses: list[float]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    plan: dict[str, str]
+    pipelined: tuple[list[str], list[str]]
+
+
+def unsharded(config: RunConfig, steps: int = STEPS) -> Training:
+    """Plain torch on the whole batches."""
+    model, tables = build(config, table_device="cpu")
+    initialise(model.state_dict(), tables, config.run.seed, projection_init=config.embeddings.projection_init)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    dense = [p for n, p in model.named_parameters() if ".embedding_bags." not in n and p.requires_grad]
+    kinds = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad}
+    rule = config.optim.tables
+    extra = {} if rule.name == "sgd" else {"eps": rule.eps}
+    optimizers = [
+        kinds[rule.name](model.embeddings.collection.parameters(), lr=rule.lr, **extra),
+        torch.optim.SGD(dense, lr=config.optim.dense.lr),
+    ]
+    losses = []
+    for step in range(steps):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss, _ = model(global_batch(config.schema, step, ROWS))
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(loss.item())
+    return Training(losses, before, {name: p.detach().clone() for name, p in model.named_parameters()}, {}, ([], []))
+
+
+def sharded(
+    rank: int,
+    world_size: int,
+    configs: list[RunConfig],
+    steps: int = STEPS,
+    prepare: Callable[[Distributed], None] | None = None,
+) -> list[Training]:
+    """Each config as the framework trains it, pipelined; for `run_ranks`. prepare: changes a model before it starts."""
+    results = []
+    for config in configs:
+        here = runtime(rank, world_size)
+        parts = distribute(config, here)
+        if prepare is not None:
+            prepare(parts)
+        before = whole(parts.model.state_dict())
+        pipeline = GuardedPipeline(parts.model, parts.optimizer, here)
+        batches = iter([share(global_batch(config.schema, s, ROWS), rank, world_size) for s in range(steps)])
+        losses = []
+        for _ in range(steps):
+            loss = torch.stack(list(pipeline.progress(batches).losses.values())).sum()
+            dist.all_reduce(loss)
+            losses.append(loss.item() / world_size)
+        plan = sharding_types(parts.plan)
+        results.append(Training(losses, before, whole(parts.model.state_dict()), plan, pipeline.pipelined()))
+    return results
+
+
+def update_errors(found: Training, expected: Training) -> dict[str, float]:
+    """Parameter -> norm of the difference of the two updates, relative to the expected update.
+
+    Both must have started alike, and every parameter whose update is asked for must have been trained.
+    """
+    assert found.before.keys() == expected.before.keys()
+    errors = {}
+    for name, start in expected.before.items():
+        assert torch.equal(found.before[name], start), f"initial {name}"
+        update, right = found.after[name] - start, expected.after[name] - start
+        assert right.norm() > 0, f"{name} did not train"
+        errors[name] = ((update - right).norm() / right.norm()).item()
+    return errors
