@@ -79,7 +79,7 @@ class RunConfig:
         if self.run and device_type is None:
             yield from gather("run", self.run.check())
         device = device_type or (self.run.device_type if self.run else "cpu")
-        for key in ("schema", "data", "sharding", "checkpoint", "report"):
+        for key in ("schema", "data", "sharding", "checkpoint", "report", "export"):
             if getattr(self, key) is not None:
                 yield from gather(key, getattr(self, key).check())
         if self.optim:

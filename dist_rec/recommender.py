@@ -116,6 +116,10 @@ class Recommender(nn.Module):
         """(B, T) float32, for models that are not sharded; labels, weights and an objective are not needed."""
         return self.dense.score(batch, self.embeddings(batch.sparse)).predictions
 
+    def represent(self, batch: Batch, name: str) -> Tensor:
+        """(B, dim) float32 a representation of the arch, for models that are not sharded."""
+        return self.dense.score(batch, self.embeddings(batch.sparse)).representations[name].float()
+
 
 def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, list[Table]]:
     """The unsharded model with its tables on `table_device`, and the list of its tables.

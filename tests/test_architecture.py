@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "metrics": {"contract", "data", "settings"},
     "reporting": {"data", "metrics", "settings"},
     "training": {"contract", "data", "metrics", "settings"},
-    "serving": {"contract", "data", "embeddings", "settings", "training"},
+    "serving": {"contract", "data", "embeddings", "metrics", "settings", "training"},
 }
 """Room or module of dist_rec -> the others it may import. RunConfig (config) is in none: it stops at the entries."""
 

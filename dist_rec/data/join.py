@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -24,17 +25,22 @@ class Join:
     """Adds the joined columns of `schema` and the group `ITEM` to batches that hold the rows' own columns.
 
     It keeps nothing between batches.
+
+    Args:
+        wanted: the features and dense columns to be there afterwards, by default all; the batches then are of
+            `schema.of_rows(wanted)`. Dense columns that are not wanted are 0, as models count them by their place.
     """
 
-    def __init__(self, schema: Schema, table: ItemTable) -> None:
+    def __init__(self, schema: Schema, table: ItemTable, wanted: Collection[str] | None = None) -> None:
         assert schema.items is not None
         self._schema, self._table, self._item = schema, table, schema.items.feature
         self._dtype = id_dtype(schema)
-        self._by = {c.join for c in schema.sparse.values() if c.join} | {
-            c.join for c in schema.dense.values() if c.join
-        }
-        self._dense_names = list(schema.of_rows().dense)
-        self._fill = {name: _filled(column) for name, column in schema.dense.items() if column.join}
+        self._sparse = {n: c for n, c in schema.sparse.items() if wanted is None or n in wanted}
+        dense = {n: c for n, c in schema.dense.items() if wanted is None or n in wanted}
+        self._by = {c.join for c in self._sparse.values() if c.join}
+        self._by |= {c.join for c in dense.values() if c.join}
+        self._dense_names = list(schema.of_rows(wanted).dense)
+        self._fill = {name: _filled(column) for name, column in dense.items() if column.join}
 
     def __call__(self, batch: Batch, counts: PolicyCounts) -> Batch:
         """counts: gets how many items were missing, if the schema lets them be.
@@ -45,13 +51,14 @@ class Join:
         rows = {name: self._rows(name, own[name], counts) for name in sorted(self._by)}
         bags = {
             name: own[name] if c.join is None else self._bags(c.column or name, own[c.join], rows[c.join])
-            for name, c in self._schema.sparse.items()
+            for name, c in self._sparse.items()
         }
+        item = {ITEM: _one_each(own[self._item])} if self._item in own else {}
         return replace(
             batch,
             sparse=packed(bags, self._dtype, self._schema.is_weighted),
-            dense=self._dense(batch, own, rows) if self._fill else batch.dense,
-            groups={**batch.groups, ITEM: _one_each(own[self._item])},
+            dense=batch.dense if self._dense_names == list(self._schema.dense) else self._dense(batch, own, rows),
+            groups={**batch.groups, **item},
         )
 
     def _rows(self, feature: str, bags: Ragged, counts: PolicyCounts) -> np.ndarray:
@@ -74,12 +81,14 @@ class Join:
         return concatenated(self._table.bags(column, rows), ids.lengths)
 
     def _dense(self, batch: Batch, own: dict[str, Ragged], rows: dict[str, np.ndarray]) -> torch.Tensor:
-        result = np.empty((len(batch.weights), len(self._schema.dense)), np.float32)
+        result = np.zeros((len(batch.weights), len(self._schema.dense)), np.float32)
         given = dict(zip(self._dense_names, batch.dense.numpy().T, strict=True))
         for i, (name, column) in enumerate(self._schema.dense.items()):
-            if column.join is None:
+            if name in given:
                 result[:, i] = given[name]
+            if name not in self._fill:
                 continue
+            assert column.join is not None
             here = own[column.join].lengths > 0
             found = self._table.numbers(column.column or name, rows[column.join])
             # a row without an item has the fill too; one that only pads the batch has 0 like every dense column

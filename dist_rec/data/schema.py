@@ -7,7 +7,7 @@ their inputs by it. Feature, dense and label names are Parquet column names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -176,14 +176,20 @@ class Schema:
         """Whether any feature carries a weight per id."""
         return any(c.weights is not None for c in self.sparse.values())
 
-    def of_rows(self) -> Schema:
-        """The same without joined columns: what the rows' own files hold."""
-        if self.items is None:
+    def of_rows(self, wanted: Collection[str] | None = None) -> Schema:
+        """The same without joined columns: what the rows' own files hold.
+
+        wanted: only these features and dense columns, and those that they are joined by.
+        """
+        if wanted is None and self.items is None:
             return self
+        columns: dict[str, SparseColumn | DenseColumn] = {**self.sparse, **self.dense}
+        wanted = set(columns if wanted is None else wanted)
+        wanted |= {join for n in wanted if (join := columns[n].join) is not None}
         return replace(
             self,
-            sparse={name: column for name, column in self.sparse.items() if column.join is None},
-            dense={name: column for name, column in self.dense.items() if column.join is None},
+            sparse={name: column for name, column in self.sparse.items() if column.join is None and name in wanted},
+            dense={name: column for name, column in self.dense.items() if column.join is None and name in wanted},
         )
 
     def of_items(self) -> Schema:

@@ -7,7 +7,7 @@ columns, F sparse features of a tower, D width of an embedding, V width of a tow
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -38,17 +38,26 @@ class Config:
     # shared: features of both towers that name the same table share it. separate: each tower has tables of its own
     tables: Literal["shared", "separate"] = "shared"
     similarity: Literal["cosine", "dot"] = "cosine"  # cosine: vectors have length 1
+    tower: Literal["both", "query", "item"] = "both"  # an export has each tower by itself; training needs both
 
     def table_sets(self, schema: Schema) -> list[TableSet]:
         """ "main" of all features, the query's first; with separate tables "query" and "item"."""
-        query, item = (tuple(n for n in names if n in schema.sparse) for names in self._inputs(schema))
+        towers = {t: tuple(n for n in names if n in schema.sparse) for t, names in self.inputs(schema).items()}
         if self.tables == "shared":
-            return [TableSet("main", query + item, self.dim)]
-        return [TableSet("query", query, self.dim), TableSet("item", item, self.dim)]
+            return [TableSet("main", sum(towers.values(), ()), self.dim)]
+        return [TableSet(tower, features, self.dim) for tower, features in towers.items()]
 
     def build(self, schema: Schema) -> TwoTower:
         """The dense arch for `schema`, freshly initialised."""
-        return TwoTower(self, schema, *self._inputs(schema))
+        return TwoTower(self, schema)
+
+    def parts(self) -> dict[str, Config]:
+        """Each tower by itself, as it is exported."""
+        return {"query": replace(self, tower="query"), "item": replace(self, tower="item")}
+
+    def reads(self, schema: Schema) -> list[str]:
+        """The features and dense columns of the towers that are there."""
+        return [name for names in self.inputs(schema).values() for name in names]
 
     def check(self, schema: Schema) -> Iterator[Complaint]:
         """Complaints about the settings, with keys relative to `model`."""
@@ -79,16 +88,19 @@ class Config:
                     what = "describes the item" if name in of_item else "is not known from the item alone"
                     text = f"names '{name}', which {what}; an item's features are {schema.items.feature} and those"
                     yield Complaint(key, f"{text} with join: {schema.items.feature}")
-        for key, asked, names in zip(("query", "item"), (self.query, self.item), self._inputs(schema), strict=True):
+        for key, names in self.inputs(schema).items():
+            asked = self.query if key == "query" else self.item
             if not any(name in schema.sparse for name in names) and set(asked or ()) <= set(known):
                 yield Complaint(key, "has no sparse feature; a tower needs at least one")
 
-    def _inputs(self, schema: Schema) -> tuple[list[str], list[str]]:
-        """Features and dense columns of the query and of the item, in the schema's order."""
+    def inputs(self, schema: Schema) -> dict[str, list[str]]:
+        """Tower -> its features and dense columns, in the schema's order."""
         of_item, known = _of_item(schema), [*schema.sparse, *schema.dense]
-        query = [n for n in known if (n not in of_item if self.query is None else n in self.query)]
-        item = [n for n in known if (n in of_item if self.item is None else n in self.item)]
-        return query, item
+        found = {
+            "query": [n for n in known if (n not in of_item if self.query is None else n in self.query)],
+            "item": [n for n in known if (n in of_item if self.item is None else n in self.item)],
+        }
+        return {tower: names for tower, names in found.items() if self.tower in ("both", tower)}
 
 
 def _of_item(schema: Schema) -> set[str]:
@@ -102,41 +114,39 @@ def _of_item(schema: Schema) -> set[str]:
 class TwoTower(nn.Module):
     """Two MLPs over the towers' embeddings and dense columns; predictions have no columns.
 
-    Representations: "query" and "item", both (B, V).
+    Representations: "query" and "item", both (B, V); of an export with one tower, that one.
     """
 
-    def __init__(self, config: Config, schema: Schema, query: list[str], item: list[str]) -> None:
-        """query, item: the towers' sparse features and dense columns."""
+    def __init__(self, config: Config, schema: Schema) -> None:
+        """The towers of `config` for the columns of `schema`."""
         super().__init__()
-        self._separate = config.tables == "separate"
+        self._shared = config.tables == "shared"
         self._cosine = config.similarity == "cosine"
-        self._num_query = sum(name in schema.sparse for name in query)
-        self._dense = [[i for i, name in enumerate(schema.dense) if name in names] for names in (query, item)]
-        widths = [
-            config.dim * sum(name in schema.sparse for name in names) + len(dense)
-            for names, dense in zip((query, item), self._dense, strict=True)
-        ]
-        self.query, self.item = (_tower(width, config) for width in widths)
+        inputs = config.inputs(schema)
+        self._sparse = {tower: sum(name in schema.sparse for name in names) for tower, names in inputs.items()}
+        self._dense = {t: [i for i, name in enumerate(schema.dense) if name in names] for t, names in inputs.items()}
+        for tower in inputs:
+            self.add_module(tower, _tower(config.dim * self._sparse[tower] + len(self._dense[tower]), config))
+        # what the whole model has: losses are made for it, also where they are not used
         self.representation_dims = {"query": config.layers[-1], "item": config.layers[-1]}
 
     def forward(self, dense: Tensor, tables: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> ArchOutput:
         """dense: (B, Nd). tables: {"main": (B, F, D)} or {"query": ..., "item": ...}. groups: unused."""
-        if self._separate:
-            query, item = tables["query"], tables["item"]
-        else:
-            query, item = tables["main"].tensor_split([self._num_query], dim=1)
-        vectors = {"query": self._encoded(0, query, dense), "item": self._encoded(1, item, dense)}
+        rows = tables
+        if self._shared:
+            rows = dict(zip(self._sparse, tables["main"].split(list(self._sparse.values()), dim=1), strict=True))
+        vectors = {tower: self._encoded(tower, rows[tower], dense) for tower in self._sparse}
         return ArchOutput(dense.new_empty(len(dense), 0), vectors)
 
     def encode(self, batch: Batch, tables: Mapping[str, Tensor], view: str) -> Tensor:
         """(B, V): the items of a view."""
-        rows = tables[view_key("item" if self._separate else "main", view)]
-        return self._encoded(1, rows, batch.view_dense[view])
+        rows = tables[view_key("main" if self._shared else "item", view)]
+        return self._encoded("item", rows, batch.view_dense[view])
 
-    def _encoded(self, tower: int, rows: Tensor, dense: Tensor) -> Tensor:
+    def _encoded(self, tower: str, rows: Tensor, dense: Tensor) -> Tensor:
         """rows: (B, F, D) of the tower's features. dense: (B, Nd) of all columns."""
         parts = [rows.flatten(1)] + ([dense[:, self._dense[tower]]] if self._dense[tower] else [])
-        vectors = (self.query, self.item)[tower](torch.cat(parts, dim=1))
+        vectors = self.get_submodule(tower)(torch.cat(parts, dim=1))
         return nn.functional.normalize(vectors.float(), dim=1) if self._cosine else vectors
 
 
