@@ -215,6 +215,7 @@ class _Search:
         trained_with = json.dumps(run.meta["config"], sort_keys=True).encode()
         return {
             "label": list(self.config.schema.labels)[self.label],
+            "columns": {name: group.origin for name, group in self.config.schema.groups.items()},
             "settings": {name: getattr(options, name) for name in ("min_mass", "min_positives", "pairs", "max_values")},
             "data": {"path": self.config.data.test, **self.trained.data.fingerprint(_SPLIT)},
             "run": {

@@ -74,24 +74,32 @@ def run(config: RunConfig) -> dict[str, Any]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     report = {"step": checkpoint.step, "checkpoint": str(checkpoint.path), "versions": versions.installed()}
-    lines: list[str] = []
-    parts = config.model.parts() if hasattr(config.model, "parts") else {"": config.model}
-    shapes = {name: served(replace(config, model=part)).state_dict() for name, part in parts.items()}
-    with StoredModel(checkpoint.path) as stored:
-        for name, part in parts.items():
-            others = {n for other, tensors in shapes.items() if other != name for n in tensors}
-            collapsed = _write(
-                stored, plain(replace(config, model=part)), shapes[name], others, temporary / name, report
-            )
-            lines += [*([f"{name}:"] if name else []), *format_report(collapsed)]
-    if config.evaluation == "retrieval":
-        found = _write_catalogue(config, temporary)
-        lines += [f"{name}: {value}" for name, value in found.items()]
-        (temporary / REPORT).write_text(to_json({**report, **found}, indent=1))
-    _replace(folder, temporary)
+    try:
+        lines = _write_all(config, checkpoint.path, report, temporary)
+        _replace(folder, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     print(f"step {checkpoint.step}, {checkpoint.path} -> {folder}")
     print("\n".join(lines))
     return json.loads((folder / REPORT).read_text())
+
+
+def _write_all(config: RunConfig, checkpoint: Path, report: dict[str, Any], folder: Path) -> list[str]:
+    """Everything that an export holds, from the checkpoint in folder `checkpoint`; returns what there is to print."""
+    lines: list[str] = []
+    parts = config.model.parts() if hasattr(config.model, "parts") else {"": config.model}
+    shapes = {name: served(replace(config, model=part)).state_dict() for name, part in parts.items()}
+    with StoredModel(checkpoint) as stored:
+        for name, part in parts.items():
+            others = {n for other, tensors in shapes.items() if other != name for n in tensors}
+            own = plain(replace(config, model=part))
+            collapsed = _write(stored, own, shapes[name], others, folder / name, report)
+            lines += [*([f"{name}:"] if name else []), *format_report(collapsed)]
+    if config.evaluation == "retrieval":
+        found = _write_catalogue(config, folder)
+        lines += [f"{name}: {value}" for name, value in found.items()]
+        (folder / REPORT).write_text(to_json({**report, **found}, indent=1))
+    return lines
 
 
 def _write(

@@ -52,14 +52,13 @@ class _Stopped(Exception):
         self.prints, self.code = prints, code
 
 
-def _briefly(main: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> None:
+def _briefly(main: Callable[[Sequence[str]], Any], interrupted: str, arguments: Sequence[str]) -> None:
     """Runs `main`; what a user can act on loses its traceback, in the launcher's summary too."""
     rank = rank_from_environment()
     try:
         main(arguments)
     except KeyboardInterrupt:
-        text = "interrupted; the same command goes on from the newest checkpoint in run.dir, if one was written"
-        raise _Stopped(text, prints=not rank, code=130) from None
+        raise _Stopped(interrupted, prints=not rank, code=130) from None
     except USER_ERRORS as error:
         # most of these are raised on every rank: rank 0 says them, the others leave in silence
         own = isinstance(error, DataError) and not isinstance(error, DataSetError)
@@ -70,11 +69,19 @@ def _briefly(main: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> 
         raise _Stopped(f"rank {rank} ends because another rank did; see the error of that one", prints=True) from None
 
 
-def run_entry(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | None, usage: str) -> None:
+def run_entry(
+    main: Callable[[Sequence[str]], Any],
+    arguments: Sequence[str] | None,
+    usage: str,
+    interrupted: str = "interrupted",
+) -> None:
     """Runs an entry on the command line's arguments; an error a user can act on is printed without a traceback.
 
     The error also reaches the launcher (through torchelastic's error file), which prints that of the first failing
     rank.
+
+    Args:
+        interrupted: what Ctrl-C leaves the user with.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or {"-h", "--help"} & set(arguments):
@@ -82,7 +89,7 @@ def run_entry(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | N
         raise SystemExit(0 if arguments else 2)
     quiet_libraries()
     try:
-        record(partial(_briefly, main))(arguments)
+        record(partial(_briefly, main, interrupted))(arguments)
     except _Stopped as error:
         if error.prints and error.code == 1:
             raise SystemExit(str(error)) from None  # Python prints it and exits with 1

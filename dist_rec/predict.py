@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dist_rec.config import RunConfig, from_mapping, overrides_mapping, read
+from dist_rec.config import RunConfig, overrides_mapping, read
 from dist_rec.data.batch import Batch
 from dist_rec.data.footers import DataError, FileFooter, check_columns, open_file, read_footers
 from dist_rec.data.ids import describe_policies
@@ -27,7 +27,7 @@ from dist_rec.serving.exported import CONFIG, TENSORS, check_folder, load_tensor
 from dist_rec.serving.retrieval import INDEX, QUERY, VECTORS, Lists
 from dist_rec.serving.scores import score_columns, score_names
 from dist_rec.serving.tensor_file import TensorFileError
-from dist_rec.settings import Complaint, ConfigError, parse
+from dist_rec.settings import Complaint, ConfigError, gather, parse
 from dist_rec.training.runtime import RunSettings, keep_freed_memory
 
 USAGE = """usage: dist-rec predict EXPORT DATA OUT [key=value ...]
@@ -112,7 +112,7 @@ def load_part(folder: Path, **data: Any) -> Part:
     Raises TensorFileError, ConfigError if it is not whole or not of this version.
     """
     check_folder(folder)
-    config = from_mapping(scoring_sections(read(str(folder / CONFIG))), device_type="cpu")
+    config = _config(folder)
     config = replace(config, data=replace(config.data, **data))
     model = served(config).eval()
     load_tensors(folder, model)
@@ -199,6 +199,18 @@ def _reads(config: RunConfig) -> list[str]:
     """The features and dense columns of the model, in the schema's order."""
     schema = config.schema
     return config.model.reads(schema) if hasattr(config.model, "reads") else [*schema.sparse, *schema.dense]
+
+
+def _config(export: Path) -> RunConfig:
+    """What scores depend on, checked; the sections that only training reads have their defaults."""
+    complaints: list[Complaint] = []
+    config: RunConfig = parse(RunConfig, scoring_sections(read(str(export / CONFIG))), complaints)
+    if not complaints:
+        complaints += gather("schema", config.schema.check())
+        complaints += gather("model", config.model.check(config.schema))
+    if complaints:
+        raise ConfigError([c.under(str(export / CONFIG)) for c in complaints])
+    return config
 
 
 def _scoring_schema(config: RunConfig) -> Schema:

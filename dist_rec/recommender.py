@@ -40,7 +40,7 @@ class DensePart(nn.Module):
     def __init__(
         self,
         arch: nn.Module,
-        objective: nn.Module,
+        objective: nn.Module | None,
         auxiliaries: Mapping[str, nn.Module],
         precision: str,
         compared: Mapping[str, int],
@@ -128,25 +128,30 @@ def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, l
     weights. Auxiliaries are built last, and are built and run in a fork of the generator: attached or not, the rest
     starts and trains from the same random numbers.
     """
-    schema, sets, views = config.schema, config.model.table_sets(config.schema), config.views
-    tables = make_tables(sets, schema, config.embeddings, views)
-    stage = EmbeddingStage(
-        tables,
-        [*sets, *view_sets(sets, views)],
-        is_weighted=schema.is_weighted,
-        project=config.embeddings.project,
-        train_projection=config.embeddings.train_projection,
-        device=torch.device(table_device),
-    )
+    stage, tables = _stage(config, table_device)
     torch.manual_seed(config.run.seed)
-    arch = config.model.build(schema)
-    objective = config.objective.build(schema, arch.representation_dims)
+    arch = config.model.build(config.schema)
+    objective = config.objective.build(config.schema, arch.representation_dims)
     with torch.random.fork_rng(devices=[]):
-        extra = {name: c.build(schema, arch.representation_dims) for name, c in config.auxiliary.items()}
+        extra = {name: c.build(config.schema, arch.representation_dims) for name, c in config.auxiliary.items()}
     compared = chosen(config.metrics.correlation, arch.representation_dims)
     by_name = ("query", "item") if config.evaluation == "retrieval" else ()
     dense = DensePart(arch, objective, extra, config.train.precision, compared, by_name)
     return Recommender(stage, dense), tables
+
+
+def _stage(config: RunConfig, table_device: str) -> tuple[EmbeddingStage, list[Table]]:
+    sets, views = config.model.table_sets(config.schema), config.views
+    tables = make_tables(sets, config.schema, config.embeddings, views)
+    stage = EmbeddingStage(
+        tables,
+        [*sets, *view_sets(sets, views)],
+        is_weighted=config.schema.is_weighted,
+        project=config.embeddings.project,
+        train_projection=config.embeddings.train_projection,
+        device=torch.device(table_device),
+    )
+    return stage, tables
 
 
 def plain(config: RunConfig) -> RunConfig:
@@ -162,9 +167,10 @@ def plain(config: RunConfig) -> RunConfig:
 
 def served(config: RunConfig) -> Recommender:
     """The model that `plain(config)` trains, without its objective; unsharded, its tables on the meta device."""
-    model, _ = build(plain(config))
-    model.dense.objective = None
-    return model
+    stage, _ = _stage(plain(config), "meta")
+    with torch.random.fork_rng(devices=[]):  # its values come from a file
+        arch = config.model.build(config.schema)
+    return Recommender(stage, DensePart(arch, None, {}, config.train.precision, {}, ()))
 
 
 @dataclass(frozen=True)

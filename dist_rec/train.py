@@ -211,7 +211,8 @@ def _main(arguments: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry of `python -m dist_rec.train` and `dist-rec train`."""
-    run_entry(_main, arguments, USAGE)
+    interrupted = "interrupted; the same command goes on from the newest checkpoint in run.dir, if one was written"
+    run_entry(_main, arguments, USAGE, interrupted)
 
 
 if __name__ == "__main__":

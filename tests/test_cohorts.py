@@ -82,6 +82,7 @@ def test_the_file_is_one_that_auxiliaries_read_and_says_where_it_is_from(trained
     (printed,) = run_ranks(_enter, 1, [str(trained), str(data), "axes=price:4", "divergence=wasserstein", *LOW])
     found, said = read(trained / "cohorts.json"), json.loads((trained / "cohorts.json").read_text())
     assert found.axes == ["price"] and found.label == "click"
+    assert found.columns is not None and found.columns["price"] == "floor(d0 * 100)"
     price = np.floor(pq.read_table(data).column("d0").to_numpy().astype(np.float64) * 100)
     edges = np.sort(price)[[100, 200, 300]].astype(int).tolist()
     assert said["edges"] == {"price": edges}

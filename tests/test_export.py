@@ -17,7 +17,7 @@ import torch.distributed as dist
 import yaml
 
 from dist_rec import cli, evaluate
-from dist_rec.config import from_mapping, load
+from dist_rec.config import choice, from_mapping, load
 from dist_rec.predict import _scoring_schema
 from dist_rec.recommender import plain
 from dist_rec.serving.tensor_file import read
@@ -25,7 +25,7 @@ from dist_rec.settings import Complaint
 from dist_rec.training.checkpoint import find
 from dist_rec.training.stored import StoredModel
 from tests.ranks import run_ranks
-from tests.runs import merged, table, train_all, values, write
+from tests.runs import DOMAINS, merged, table, train_all, values, write
 
 ROWS, TEST_ROWS = 300, 157
 KINDS = ["row_wise", "table_wise", "data_parallel"]
@@ -100,6 +100,49 @@ def test_the_export_scores_as_evaluate_does(data, tmp_path, capsys, world_size):
         probability = _column(folder / "out.parquet", "probability_click")
         np.testing.assert_allclose(probability, 1 / (1 + np.exp(-expected.astype(np.float64))), rtol=1e-5)
         assert ("main_user" in printed) == (case[2] != "plain"), "each two-layer table has its error"
+
+
+PRIOR = {"prior": ["user", "item"]}
+NEEDED: dict[str, dict[str, Any]] = {"crocodile": PRIOR, "pepnet": {**PRIOR, "domain_features": ["item"]}}
+AUXILIARIES: dict[str, dict[str, Any]] = {
+    "crocodile": {"covariance": {"alpha": 0.1}},
+    "dhen": {"c2al": {"hidden": [4], "cohorts": {"axes": ["domain"], "edges": {"domain": None}, "head": {"domain": 0},
+                      "tail": {"domain": 2}, "head_rate": 0.2, "tail_rate": 0.1, "head_mass": 0.3, "tail_mass": 0.3}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", choice("models").names())
+def test_every_arch_is_exported_and_served(data, tmp_path, capsys, model):
+    """Those that read a group too; their auxiliaries are dropped, with what they had learnt."""
+    run = _run(data, tmp_path / "run", "row_wise", embeddings={"inner_dim": 16}, auxiliary=AUXILIARIES.get(model, {}),
+               schema={"groups": {"domain": {"num_ids": DOMAINS}}})  # fmt: skip
+    run["model"] = {"name": model, "dim": 8, **NEEDED.get(model, {})}
+    run_ranks(train_all, 2, [run])
+    run_ranks(_evaluated, 1, [run])
+    cli.main(["export", f"{tmp_path}/run/config.yaml"])
+    cli.main(["predict", f"{tmp_path}/run/export", str(data / "test"), f"{tmp_path}/run/out.parquet", "keep=[row]"])
+    scores = [_column(tmp_path / "run" / f"{name}.parquet", "logit_click") for name in ("predictions", "out")]
+    assert np.std(scores[0]) > 0.01 and np.abs(scores[0] - scores[1]).max() < 1e-5
+    with StoredModel(find(tmp_path / "run" / "checkpoints")[-1].path) as stored:
+        dropped = {name for name in stored.tensors if name.startswith(("dense.auxiliaries.", "dense.objective."))}
+    assert set(json.loads((tmp_path / "run" / "export" / "report.json").read_text())["dropped"]) == dropped
+    assert dropped or model != "dhen", "C2AL's heads have parameters"
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in dropped)
+
+
+def test_tables_of_several_sets_in_one_are_served_so(data, tmp_path):
+    run = _run(data, tmp_path / "run", "row_wise", embeddings={"layout": "wide"}, optim={"tables": {"name": "adagrad"}},
+               schema={"groups": {"domain": {"num_ids": DOMAINS}}})  # fmt: skip
+    run["model"] = {"name": "crocodile", "dim": 8, "prior_dim": 4, **PRIOR}
+    run_ranks(train_all, 2, [run])
+    run_ranks(_evaluated, 1, [run])
+    cli.main(["export", f"{tmp_path}/run/config.yaml"])
+    cli.main(["predict", f"{tmp_path}/run/export", str(data / "test"), f"{tmp_path}/run/out.parquet", "keep=[row]"])
+    tables = [n for n in read(tmp_path / "run" / "export" / "model.safetensors") if "embedding_bags" in n]
+    assert any("wide_user" in n for n in tables)
+    scores = [_column(tmp_path / "run" / f"{name}.parquet", "logit_click") for name in ("predictions", "out")]
+    assert np.std(scores[0]) > 0.01 and np.abs(scores[0] - scores[1]).max() < 1e-6
 
 
 def test_names_and_shapes_are_those_of_a_model_trained_plain(data, tmp_path, capsys):

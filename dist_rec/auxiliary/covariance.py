@@ -34,9 +34,8 @@ class Config:
     # true: divided by N - 1, a covariance. false: the paper's formula, a sum over rows: it grows with the batch, and
     # for independent experts as sqrt(N)
     normalize: bool = True
-    include_self: bool = (
-        False  # also p = q, each expert with itself, variances included; the paper's formula is unclear
-    )
+    # also p = q, each expert with itself, variances included; the paper's formula is unclear
+    include_self: bool = False
     rows: int | None = None  # compute it on this many random rows of the global batch; nothing: on all
 
     def build(self, schema: Schema, representation_dims: Mapping[str, int]) -> Covariance:

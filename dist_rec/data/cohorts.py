@@ -69,6 +69,7 @@ class Cohorts:
     head_mass: float  # share of all rows that are in the head
     tail_mass: float
     label: str | None = None  # that `*_rate` count; may be left out
+    columns: dict[str, str] | None = None  # axis -> `GroupColumn.origin` where the cohorts were found; may be left out
     path: str | None = None  # of the file this was read from, for the record
 
     def masks(self, groups: Mapping[str, Tensor]) -> Masks:
@@ -117,9 +118,15 @@ class Cohorts:
         """Complaints about axes and labels that the schema does not have."""
         known = ", ".join(schema.groups) or "none"
         for name in self.axes:
+            then = (self.columns or {}).get(name)
             if name not in schema.groups:
                 text = f"names '{name}', which is no group of the schema (known: {known}); declare it in schema.groups"
-                yield Complaint("axes", f"{text} as it was when the cohorts were found")
+                yield Complaint("axes", text + (f" as {then}, as it was when the cohorts were found" if then else ""))
+            elif then not in (None, schema.groups[name].origin):
+                text = (
+                    f"says that '{name}' was {then} when the cohorts were found, now it is {schema.groups[name].origin}"
+                )
+                yield Complaint("columns", f"{text}; put schema.groups.{name} back, or find the cohorts again")
         if self.label is not None and self.label not in schema.labels:
             yield Complaint("label", f"is '{self.label}', no label of the schema; known: {', '.join(schema.labels)}")
 

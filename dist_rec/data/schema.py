@@ -118,6 +118,11 @@ class GroupColumn:
     out_of_range: Literal["error", "fill", "reserved"] = "error"
 
     @property
+    def origin(self) -> str:
+        """What the group's values are made of: two groups with the same origin have the same values."""
+        return self.column if self.scale is None else f"floor({self.column} * {self.scale:g})"
+
+    @property
     def num_values(self) -> int | None:
         """`num_ids`, and one more if a value is reserved; None if any integer is valid."""
         reserved = "reserved" in (self.out_of_range, self.on_null)

@@ -75,8 +75,8 @@ class ShardedFactoredCollection(ShardedEmbeddingBagCollection):
             widths = [(t.name, t.local_cols) for t in tables]
             hooks = _LookupHooks(widths, projections, self._scale(sharding_type))
             lookup.register_forward_hook(hooks.project)
-            on_cpu = inner._dummy_embs_tensor.device.type == "cpu"
-            if sharding_type in _SPLIT_BY_ROWS and (on_cpu or self._env.world_size >= _PACKING_PAYS_ON_CUDA):
+            packs = self._device.type == "cpu" or self._env.world_size >= _PACKING_PAYS_ON_CUDA
+            if packs and sharding_type in _SPLIT_BY_ROWS:
                 lookup.register_forward_pre_hook(hooks.pack)
 
     def _scale(self, sharding_type: str) -> int:

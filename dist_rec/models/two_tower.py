@@ -127,8 +127,7 @@ class TwoTower(nn.Module):
         self._dense = {t: [i for i, name in enumerate(schema.dense) if name in names] for t, names in inputs.items()}
         for tower in inputs:
             self.add_module(tower, _tower(config.dim * self._sparse[tower] + len(self._dense[tower]), config))
-        # what the whole model has: losses are made for it, also where they are not used
-        self.representation_dims = {"query": config.layers[-1], "item": config.layers[-1]}
+        self.representation_dims = dict.fromkeys(inputs, config.layers[-1])
 
     def forward(self, dense: Tensor, tables: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> ArchOutput:
         """dense: (B, Nd). tables: {"main": (B, F, D)} or {"query": ..., "item": ...}. groups: unused."""

@@ -11,7 +11,7 @@ from dist_rec.serving.tensor_file import TensorFileError, read
 
 TENSORS, CONFIG, REPORT = "model.safetensors", "config.yaml", "report.json"
 
-_SCORING = ("schema", "data", "model", "objective", "embeddings")
+_SCORING = ("schema", "data", "model", "embeddings")
 
 
 def check_folder(folder: Path) -> None:
@@ -25,7 +25,8 @@ def check_folder(folder: Path) -> None:
 def scoring_sections(values: dict[str, Any]) -> dict[str, Any]:
     """Of a config's mapping what scores depend on; the rest may name a GPU or an optimiser that is not here."""
     kept = {key: value for key, value in values.items() if key in _SCORING}
-    return {**kept, "train": {"precision": values["train"]["precision"]}}
+    precision = {key: value for key, value in values.get("train", {}).items() if key == "precision"}
+    return {**kept, "train": precision}
 
 
 def load_tensors(folder: Path, model: nn.Module) -> None:

@@ -17,9 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from dist_rec.config import RunConfig
 from dist_rec.data.batch import Batch
 from dist_rec.training.runtime import Runtime
+
+MEMORY = 16  # batches that an arm goes round in
 
 Arm = Callable[[], None]
 """Some steps of one of the things that are compared."""
@@ -97,3 +101,21 @@ def ratio(base: Sequence[float], other: Sequence[float]) -> dict[str, float]:
     ratios = [b / o for b, o in zip(base, other, strict=True)]
     whole = sum(base) / sum(other)
     return {"ratio": round(whole, 3), "ratio_min": round(min(ratios), 3), "ratio_max": round(max(ratios), 3)}
+
+
+def random_batch(config: RunConfig, number: int) -> Batch:
+    """Batch `number` of a function of (config, number): single-valued features, uniform ids."""
+    generator = torch.Generator().manual_seed(number)
+    rows, sparse = config.data.batch_size, config.schema.sparse
+    values = [torch.randint(0, c.num_ids, (rows,), generator=generator, dtype=torch.int32) for c in sparse.values()]
+    lengths = torch.ones(len(values) * rows, dtype=torch.int32)
+    return Batch(
+        dense=torch.randn(rows, len(config.schema.dense), generator=generator),
+        sparse=KeyedJaggedTensor(keys=list(sparse), values=torch.cat(values), lengths=lengths),
+        labels=torch.randint(0, 2, (rows, 1), generator=generator).float(),
+        weights=torch.ones(rows),
+        groups={
+            name: torch.randint(0, c.num_values or 1, (rows,), generator=generator)
+            for name, c in config.schema.groups.items()
+        },
+    )

@@ -1,6 +1,6 @@
 """Layouts of M table sets on the same features: a table for each set, one wide table, and M separate collections.
 
-    torchrun --nproc-per-node 2 scripts/bench/table_sets.py [--sets 2 5] [--optimizer adagrad] [--rounds 8]
+    torchrun --nproc-per-node 2 -m scripts.bench.table_sets [--sets 2 5] [--optimizer adagrad] [--rounds 8]
 
 Whole training steps of ME-MMoE with small experts on batches in memory, all arms in the same processes in turn. For
 every M: examples/s of each layout, and the bytes that rank 0 puts into collectives in a step, counted. Separate
@@ -19,15 +19,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dist_rec import recommender
 from dist_rec.config import RunConfig, from_mapping
-from dist_rec.data.batch import Batch
 from dist_rec.embeddings import sharding
 from dist_rec.embeddings.stage import EmbeddingStage
 from dist_rec.job import quiet_libraries
 from dist_rec.training.optim import StepOptimizer, fuse_table_optimizer
 from dist_rec.training.runtime import Runtime, process
-from scripts.bench.arms import alternate, exchanged, ratio, training
+from scripts.bench.arms import MEMORY, alternate, exchanged, random_batch, ratio, training
 
-MEMORY = 16  # batches
 DOMAINS = 5
 
 
@@ -55,7 +53,7 @@ def main() -> None:
 
 def compare(separate: RunConfig, wide: RunConfig, runtime: Runtime, arguments: argparse.Namespace) -> dict[str, Any]:
     """Examples/s and bytes per step of every layout, and how many times faster than the first each is."""
-    batches = [batch(separate, runtime.rank * MEMORY + i) for i in range(MEMORY)]
+    batches = [random_batch(separate, runtime.rank * MEMORY + i) for i in range(MEMORY)]
     arms, one_step = {}, {}
     for name, config in (("tables", separate), ("wide", wide), ("collections", separate)):
         make = _collections if name == "collections" else recommender.distribute
@@ -119,21 +117,6 @@ def _collections(config: RunConfig, runtime: Runtime) -> recommender.Distributed
         model, plan, runtime.device, runtime.group, tables=tables, seed=config.run.seed, threads=runtime.cores
     )
     return recommender.Distributed(sharded, StepOptimizer(sharded, config.optim), tables, plan)
-
-
-def batch(config: RunConfig, number: int) -> Batch:
-    """Batch `number` of a function of (config, number): single-valued features, uniform ids."""
-    generator = torch.Generator().manual_seed(number)
-    rows, sparse = config.data.batch_size, config.schema.sparse
-    values = [torch.randint(0, c.num_ids, (rows,), generator=generator, dtype=torch.int32) for c in sparse.values()]
-    lengths = torch.ones(len(values) * rows, dtype=torch.int32)
-    return Batch(
-        dense=torch.randn(rows, len(config.schema.dense), generator=generator),
-        sparse=KeyedJaggedTensor(keys=list(sparse), values=torch.cat(values), lengths=lengths),
-        labels=torch.randint(0, 2, (rows, 1), generator=generator).float(),
-        weights=torch.ones(rows),
-        groups={name: torch.randint(0, DOMAINS, (rows,), generator=generator) for name in config.schema.groups},
-    )
 
 
 def _mapping(arguments: argparse.Namespace, sets: int, layout: str) -> dict[str, Any]:

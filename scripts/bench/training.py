@@ -1,6 +1,6 @@
 """This loop, streaming from Parquet, against the bare TorchRec loop on batches in memory; same model, alternating.
 
-    torchrun --nproc-per-node 2 scripts/bench/training.py --dim 64 [--sharding table_wise] [--rounds 6]
+    torchrun --nproc-per-node 2 -m scripts.bench.training --dim 64 [--sharding table_wise] [--rounds 6]
 
 Both arms run in the same processes, a few steps each in turn, so that a machine that slows down slows both. The bare
 arm is what TorchRec's own examples do: DistributedModelParallel, TrainPipelineSparseDist, nothing else. Shape: 13 dense
@@ -16,18 +16,14 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import torch.distributed as dist
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from dist_rec.config import RunConfig, from_mapping
-from dist_rec.data.batch import Batch
 from dist_rec.job import JobData, quiet_libraries
 from dist_rec.recommender import distribute
 from dist_rec.training.checkpoint import Checkpointer
@@ -35,6 +31,7 @@ from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime, process
 from dist_rec.training.trainer import Trainer
 from dist_rec.training.weights import WeightRecorder
+from scripts.bench.arms import Arm, alternate, finished, ratio, training
 
 NUM_DENSE, NUM_SPARSE = 13, 26
 
@@ -75,42 +72,18 @@ def compare(config: RunConfig, runtime: Runtime, rounds: int, steps: int) -> dic
     """
     data = JobData(config, runtime, splits=("train",))
     memory = list(itertools.islice(data.train(None), 32))
-    arms: dict[str, Callable[[], None]] = {
-        "ours": _finished(_ours(config, runtime, data, steps), runtime),
-        "bare": _finished(_bare(config, runtime, memory, steps), runtime),
+    parts = distribute(config, runtime)
+    arms = {
+        "ours": finished(_ours(config, runtime, data, steps), runtime),
+        "bare": training(parts.model, parts.optimizer.combined, memory, steps, runtime),
     }
-    for arm in arms.values():
-        arm()
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(rounds):
-        for name in arms if turn % 2 else reversed(list(arms)):
-            dist.barrier(group=runtime.control)
-            start = time.perf_counter()
-            arms[name]()
-            dist.barrier(group=runtime.control)
-            seconds[name].append(time.perf_counter() - start)
-    examples = steps * config.data.batch_size * runtime.world_size
-    ratios = [bare / ours for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
-    ours, bare = sum(seconds["ours"]), sum(seconds["bare"])
-    return {
-        "ours_examples_per_second": round(examples * rounds / ours),
-        "bare_examples_per_second": round(examples * rounds / bare),
-        "ratio": round(bare / ours, 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
-    }
+    seconds = alternate(arms, runtime, rounds)
+    examples = steps * config.data.batch_size * runtime.world_size * rounds
+    speeds = {f"{name}_examples_per_second": round(examples / sum(taken)) for name, taken in seconds.items()}
+    return {**speeds, **ratio(seconds["bare"], seconds["ours"])}
 
 
-def _finished(arm: Callable[[], None], runtime: Runtime) -> Callable[[], None]:
-    def run() -> None:
-        arm()
-        if runtime.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
-def _ours(config: RunConfig, runtime: Runtime, data: JobData, steps: int) -> Callable[[], None]:
+def _ours(config: RunConfig, runtime: Runtime, data: JobData, steps: int) -> Arm:
     parts, folder = distribute(config, runtime), Path(config.run.dir)
     trainer = Trainer(
         model=parts.model,
@@ -131,19 +104,6 @@ def _ours(config: RunConfig, runtime: Runtime, data: JobData, steps: int) -> Cal
         facts={},
     )
     return lambda: trainer.run_to(trainer.progress.step + steps)
-
-
-def _bare(config: RunConfig, runtime: Runtime, memory: list[Batch], steps: int) -> Callable[[], None]:
-    parts = distribute(config, runtime)
-    pipeline = TrainPipelineSparseDist(parts.model, parts.optimizer.combined, runtime.device, execute_all_batches=True)
-    batches: Iterator[Batch] = itertools.cycle(memory)
-    parts.model.train()
-
-    def run() -> None:
-        for _ in range(steps):
-            pipeline.progress(batches)
-
-    return run
 
 
 def _mapping(arguments: argparse.Namespace, folder: Path) -> dict:

@@ -58,7 +58,7 @@ def test_a_row_is_in_a_cohort_if_all_its_cells_are(tmp_path: Path) -> None:
 def test_a_file_is_read_without_what_it_says_besides(tmp_path: Path) -> None:
     path = write(tmp_path / "cohorts.json", label="click")
     known = {key: value for key, value in GOOD.items() if key != "divergence"}
-    assert asdict(read(path)) == {**known, "label": "click", "path": str(path)}
+    assert asdict(read(path)) == {**known, "label": "click", "columns": None, "path": str(path)}
 
 
 def test_it_must_fit_the_schema(tmp_path: Path) -> None:
@@ -67,6 +67,14 @@ def test_it_must_fit_the_schema(tmp_path: Path) -> None:
     schema = Schema(labels={"click": LabelColumn()}, sparse={"s": SparseColumn(num_ids=2)}, groups=groups)
     (complaint,) = cohorts.check_schema(schema)
     assert complaint.key == "label" and "known: click" in complaint.text
+    cohorts.label, cohorts.columns = None, {"age": "floor(years * 10)", "user": "user"}
+    groups["age"] = GroupColumn("years", scale=10.0)
+    assert list(cohorts.check_schema(schema)) == []
+    groups["age"] = GroupColumn("years", scale=1.0)
+    (complaint,) = cohorts.check_schema(schema)
+    assert complaint.key == "columns"
+    assert "'age' was floor(years * 10) when the cohorts were found, now it is floor(years * 1)" in complaint.text
+    cohorts.columns = None
     del groups["gender"]
     found = {c.key: c.text for c in cohorts.check_schema(schema)}
     assert "names 'gender'" in found["axes"] and "known: age" in found["axes"]
