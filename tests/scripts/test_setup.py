@@ -140,6 +140,21 @@ def test_a_half_built_environment_is_built_anew(folder: Path) -> None:
     assert asked(folder)[0] == "venv"
 
 
+def test_an_activated_environment_is_replaced_by_the_python_it_was_made_from(folder: Path) -> None:
+    command(
+        folder,
+        "python3",
+        f'#!/bin/bash\ncase "$*" in *_base_executable*) echo "$BASE" ;; *) exec {sys.executable} "$@" ;; esac\n',
+    )
+    (folder / ".venv").mkdir()
+    (folder / "bin").rename(folder / ".venv/bin")
+    command(folder, "base", FAKE_PYTHON)
+    path = f"{folder}/.venv/bin:{os.environ['PATH']}"
+    done = setup(folder, "cpu", PATH=path, BASE=str(folder / "bin/base"))
+    assert done.returncode == 0, done.stderr
+    assert asked(folder)[0] == "venv"
+
+
 def test_of_two_set_ups_at_once_one_builds_and_the_other_waits(folder: Path) -> None:
     with ThreadPoolExecutor() as pool:
         both = list(pool.map(lambda _: setup(folder, "cpu", PIP_SLEEPS="0.5"), range(2)))
