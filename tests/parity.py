@@ -15,6 +15,8 @@ from torch import Tensor
 from torchrec.optim import RowWiseAdagrad
 
 from dist_rec.config import RunConfig
+from dist_rec.data.batch import Batch
+from dist_rec.data.schema import Schema
 from dist_rec.embeddings.sharding import initialise, sharding_types
 from dist_rec.recommender import Distributed, build, distribute
 from dist_rec.training.trainer import GuardedPipeline
@@ -24,9 +26,13 @@ from tests.sharded import runtime, whole
 STEPS, ROWS = 6, 12  # global rows of a step: they divide by 1, 2 and 3 ranks
 
 
+def _batch(schema: Schema, step: int) -> Batch:
+    return global_batch(schema, step, ROWS)
+
+
 class Training(NamedTuple):
-    """What some steps did: a loss for each, and every parameter before and after; for sharded ones also the plan, and
-    the names of the sharded modules that are pipelined and of all of them."""
+    """What some steps did: a loss for each, and every tensor of the model's state before and after; for sharded ones
+    also the plan, and the names of the sharded modules that are pipelined and of all of them."""
 
     losses: list[float]
     before: dict[str, Tensor]
@@ -35,11 +41,11 @@ class Training(NamedTuple):
     pipelined: tuple[list[str], list[str]]
 
 
-def unsharded(config: RunConfig, steps: int = STEPS) -> Training:
-    """Plain torch on the whole batches."""
+def unsharded(config: RunConfig, steps: int = STEPS, batch: Callable[[Schema, int], Batch] = _batch) -> Training:
+    """Plain torch on the whole batches. batch: (schema, step) -> the rows of all ranks."""
     model, tables = build(config, table_device="cpu")
     initialise(model.state_dict(), tables, config.run.seed, projection_init=config.embeddings.projection_init)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     dense = [p for n, p in model.named_parameters() if ".embedding_bags." not in n and p.requires_grad]
     kinds = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad}
     rule = config.optim.tables
@@ -52,12 +58,12 @@ def unsharded(config: RunConfig, steps: int = STEPS) -> Training:
     for step in range(steps):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss, _ = model(global_batch(config.schema, step, ROWS))
+        loss, _ = model(batch(config.schema, step))
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())
-    return Training(losses, before, {name: p.detach().clone() for name, p in model.named_parameters()}, {}, ([], []))
+    return Training(losses, before, {name: value.clone() for name, value in model.state_dict().items()}, {}, ([], []))
 
 
 def sharded(
@@ -66,8 +72,10 @@ def sharded(
     configs: list[RunConfig],
     steps: int = STEPS,
     prepare: Callable[[Distributed], None] | None = None,
+    batch: Callable[[Schema, int], Batch] = _batch,
 ) -> list[Training]:
-    """Each config as the framework trains it, pipelined; for `run_ranks`. prepare: changes a model before it starts."""
+    """Each config as the framework trains it, pipelined; for `run_ranks`. prepare: changes a model before it starts.
+    batch: (schema, step) -> the rows of all ranks."""
     results = []
     for config in configs:
         here = runtime(rank, world_size)
@@ -76,7 +84,7 @@ def sharded(
             prepare(parts)
         before = whole(parts.model.state_dict())
         pipeline = GuardedPipeline(parts.model, parts.optimizer, here)
-        batches = iter([share(global_batch(config.schema, s, ROWS), rank, world_size) for s in range(steps)])
+        batches = iter([share(batch(config.schema, s), rank, world_size) for s in range(steps)])
         losses = []
         for _ in range(steps):
             loss = torch.stack(list(pipeline.progress(batches).losses.values())).sum()
@@ -88,15 +96,15 @@ def sharded(
 
 
 def update_errors(found: Training, expected: Training) -> dict[str, float]:
-    """Parameter -> norm of the difference of the two updates, relative to the expected update.
+    """Tensor of the state -> norm of the difference of the two updates, relative to the expected update.
 
-    Both must have started alike, and every parameter whose update is asked for must have been trained.
+    Both must have started alike, and all of it must have changed.
     """
     assert found.before.keys() == expected.before.keys()
     errors = {}
     for name, start in expected.before.items():
         assert torch.equal(found.before[name], start), f"initial {name}"
-        update, right = ((after[name] - start).double() for after in (found.after, expected.after))
+        update, right = ((t.after[name] - start).double() for t in (found, expected))
         assert right.norm() > 0, f"{name} did not train"
         errors[name] = ((update - right).norm() / right.norm()).item()
     return errors

@@ -28,7 +28,7 @@ def test_an_outcome_has_the_rows_in_file_order_and_is_kept(trial: Trial, tmp_pat
     failing = Trial(trial.card, ("train.steps=0",), trial.part)
     (first,) = outcomes([trial], tmp_path / "work")
     test = pq.read_table(trial.part / "test.parquet")
-    assert set(first.columns) == {"logit_click", "label_click", "weight", "row", "domain", "user"}
+    assert set(first.columns) == {"logit_click", "probability_click", "label_click", "weight", "row", "domain", "user"}
     assert first.columns["row"].tolist() == test["row"].to_pylist()
     assert first.columns["label_click"].tolist() == test["click"].to_pylist()
     assert first.result["step"] == 4 and first.metrics["ne"] == pytest.approx(first.result["metrics"]["test"]["ne"])
