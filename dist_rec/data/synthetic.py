@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dist_rec.data.synthetic_cohorts import CohortsWorld, PlantedCohorts
+from dist_rec.data.synthetic_cohorts import SKEW, CohortsWorld, PlantedCohorts
 from dist_rec.data.synthetic_domains import DomainsConfig, DomainsWorld, Truth, write_truth
 from dist_rec.data.synthetic_retrieval import RetrievalConfig, RetrievalWorld, write_items
 from dist_rec.settings import Complaint, gather
@@ -31,6 +31,7 @@ _DOMAIN_SHARES = (0.7, 0.2, 0.1)
 _FACTORS = 4  # width of the hidden vectors
 _MAX_HISTORY = 8
 _NULL_SHARE = 0.02  # of column d3
+_SKEW = 0.9  # of ids: the frequency of the k-th falls as k ** -_SKEW
 
 
 @dataclass
@@ -161,7 +162,8 @@ def _write_splits(config: SyntheticConfig, folder: Path) -> dict[str, list[Truth
         for number, start in enumerate(range(0, rows, config.rows_per_file)):
             count = min(config.rows_per_file, rows - start)
             rng = np.random.default_rng([config.seed, 1, split, number])
-            user, item = _zipf(rng, config.users, count), _zipf(rng, config.items, count)
+            user = _zipf(rng, config.users, count, _skew(config))
+            item = _zipf(rng, config.items, count)
             table, behind = world.rows(rng, user, item, first_row)
             if behind is not None and name in truth:
                 truth[name].append(behind)
@@ -178,18 +180,24 @@ def _world(config: SyntheticConfig) -> _World | DomainsWorld | CohortsWorld | Re
     if config.domains is not None:
         return DomainsWorld(config.domains, config.users, config.items, config.categories, config.seed)
     if config.cohorts is not None:
-        return CohortsWorld(config.cohorts, _shares(config.users), config.items, config.categories, config.seed)
+        shares = _shares(config.users, _skew(config))
+        return CohortsWorld(config.cohorts, shares, config.items, config.categories, config.seed)
     return _World.draw(config)
 
 
-def _zipf(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
+def _skew(config: SyntheticConfig) -> float:
+    """Of the users."""
+    return SKEW if config.cohorts is not None else _SKEW
+
+
+def _zipf(rng: np.random.Generator, size: int, count: int, skew: float = _SKEW) -> np.ndarray:
     """(count,) ids of which a few are frequent; the frequency falls with the rank."""
-    return np.searchsorted(np.cumsum(_shares(size)), rng.random(count)).clip(max=size - 1)
+    return np.searchsorted(np.cumsum(_shares(size, skew)), rng.random(count)).clip(max=size - 1)
 
 
-def _shares(size: int) -> np.ndarray:
+def _shares(size: int, skew: float) -> np.ndarray:
     """(size,) of each id in the rows."""
-    share = 1 / np.arange(1, size + 1) ** 0.9
+    share = 1 / np.arange(1, size + 1) ** skew
     return share / share.sum()
 
 

@@ -22,6 +22,7 @@ from dist_rec.data.synthetic_domains import Truth
 from dist_rec.settings import Complaint
 
 SEGMENTS, REGIONS = 20, 8
+SKEW = 0.5  # user k has a share of the rows that falls as k ** -SKEW: none has as many as a cohort
 TAIL, MAJORITY, HEAD = 0, 1, 2
 _WIDTH = 4
 _BIAS = 0.4
@@ -81,16 +82,10 @@ class CohortsWorld:
 
 
 def _values(rng: np.random.Generator, shares: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(users,) cohort, segment and value. Who is in a cohort is drawn, but the most frequent users are in neither.
-
-    They alone could be more than its share of the rows.
-    """
+    """(users,) cohort, segment and value, by the share of the rows that users of less value have; drawn."""
     users = len(shares)
-    frequent = np.argsort(-shares)[: users // 10]
-    ends, middle = np.split(rng.permutation(np.setdiff1d(np.arange(users), frequent)), 2)
-    half = len(ends) // 2
-    order = np.concatenate([ends[:half], rng.permutation(np.concatenate([middle, frequent])), ends[half:]])
-    below = np.cumsum(shares[order]) - shares[order] / 2  # share of the rows of users of less value
+    order = rng.permutation(users)
+    below = np.cumsum(shares[order]) - shares[order] / 2
     cohort, segment, value = np.empty(users, np.int64), np.empty(users, np.int64), np.empty(users)
     cohort[order] = np.where(below < share, TAIL, np.where(below > 1 - share, HEAD, MAJORITY))
     segment[order] = np.minimum(below * SEGMENTS, SEGMENTS - 1).astype(np.int64)

@@ -71,7 +71,7 @@ class Case(NamedTuple):
 
 
 _ML100K = {"user": "user_id", "age": "age", "occupation": "occupation"}
-_SYNTHETIC = Case("synthetic_cohorts", "segment", {}, "user", (0.01, 500))
+_SYNTHETIC = Case("synthetic_cohorts", "segment", {}, "user", (0.03, 500))
 CASES = {
     "ml100k-age": Case("ml100k", "age", _ML100K, "user", (0.02, 1000)),
     "ml100k-occupation": Case("ml100k", "occupation", _ML100K, "user", (0.02, 1000)),
@@ -92,11 +92,11 @@ PLAIN = Arm("plain")
 
 
 class Scores(NamedTuple):
-    """Figures of one seed on the pooled test rows, each for all rows, head and tail; loss: (n,) of the rows."""
+    """Figures of one seed on the pooled test rows: of all rows, the head and the tail. losses: of their rows."""
 
-    ne: tuple[float, float, float]
-    auc: tuple[float, float, float]
-    loss: np.ndarray
+    ne: list[float]
+    auc: list[float]
+    losses: list[np.ndarray]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -247,28 +247,32 @@ def scores(found: Sequence[Outcome], members: cohorts.Cohorts) -> Scores:
     columns = {name: np.concatenate([o.columns[name] for o in found]) for name in found[0].columns}
     z, y = columns["logit_label"].astype(np.float64), columns["label_label"].astype(np.float64)
     masks = members.masks({name: torch.from_numpy(columns[name]) for name in members.axes})
-    slices = [slice(None), masks.head.numpy(), masks.tail.numpy()]
-    ne = [normalized_entropy(z[s], y[s], np.ones(len(y[s]))) for s in slices]
-    ranking = [auc(z[s], y[s], np.ones(len(y[s]))) for s in slices]
-    inside = np.stack([np.ones(len(y), bool), *slices[1:]])
     loss = y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z)
-    return Scores(tuple(ne), tuple(ranking), np.where(inside, loss, np.nan))  # type: ignore[arg-type]
+    result = Scores([], [], [])
+    for here in (np.ones(len(y), bool), masks.head.numpy(), masks.tail.numpy()):
+        weights = np.ones(here.sum())
+        result.ne.append(normalized_entropy(z[here], y[here], weights))
+        result.auc.append(auc(z[here], y[here], weights))
+        result.losses.append(loss[here])
+    return result
 
 
 def report(title: str, found: dict[str, Any], results: dict[Arm, list[Scores]]) -> Iterator[str]:
     """The tables of one case and model, as Markdown."""
     plain = results[PLAIN]
     measure, value = found["divergence"]["measure"], found["divergence"]["of_head_and_tail"]
-    yield f"\n## {title}: {len(plain)} seeds, {plain[0].loss.shape[1]:,} test rows\n"
+    yield f"\n## {title}: {len(plain)} seeds\n"
     yield f"axes {', '.join(found['axes'])}; divergence of head and tail ({measure}) {value}\n"
-    yield "| cohort | cell | mass | positive rate | plain NE | plain AUC |"
-    yield "|---|---|---|---|---|---|"
+    yield "| cohort | cell | mass | positive rate | test rows | plain NE | plain AUC |"
+    yield "|---|---|---|---|---|---|---|"
     for i, name in enumerate(("all", "head", "tail")):
         mass, rate = (
             (found[f"{name}_{kind}"] for kind in ("mass", "rate")) if i else (1, found["positives"] / found["rows"])
         )
         cells = [f"{interval([getattr(s, kind)[i] for s in plain])[0]:.4f}" for kind in ("ne", "auc")]
-        yield f"| {name} | {found.get(name, '')} | {mass:.3f} | {rate / mass:.4f} | {' | '.join(cells)} |"
+        cell = ", ".join(f"{axis} {cell}" for axis, cell in found.get(name, {}).items())
+        rows = f"{len(plain[0].losses[i]):,}"
+        yield f"| {name} | {cell} | {mass:.3f} | {rate / mass:.4f} | {rows} | {' | '.join(cells)} |"
     yield "\nNE_diff in %, ± over seeds ± over test rows (95 %); negative is better\n"
     yield "| arm | lambda | all | head | tail |"
     yield "|---|---|---|---|---|"
@@ -281,9 +285,8 @@ def report(title: str, found: dict[str, Any], results: dict[Arm, list[Scores]]) 
 def difference(mine: Sequence[Scores], plain: Sequence[Scores], i: int) -> tuple[float, float, float]:
     """NE_diff in percent with its half-widths over seeds and over rows; i: 0 all rows, 1 head, 2 tail."""
     mean, seeds = interval([100 * (a.ne[i] / b.ne[i] - 1) for a, b in zip(mine, plain, strict=True)])
-    change = np.mean([a.loss[i] - b.loss[i] for a, b in zip(mine, plain, strict=True)], axis=0)
-    change = change[~np.isnan(change)]
-    base = np.nanmean([np.nanmean(b.loss[i]) for b in plain])
+    change = np.mean([a.losses[i] - b.losses[i] for a, b in zip(mine, plain, strict=True)], axis=0)
+    base = np.mean([b.losses[i].mean() for b in plain])
     return mean, seeds, float(100 * 1.96 * change.std(ddof=1) / len(change) ** 0.5 / base)
 
 

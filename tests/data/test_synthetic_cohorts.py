@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from dist_rec.data.synthetic import SPLITS, SyntheticConfig, write
-from dist_rec.data.synthetic_cohorts import HEAD, MAJORITY, SEGMENTS, TAIL, CohortsWorld, PlantedCohorts
+from dist_rec.data.synthetic_cohorts import HEAD, MAJORITY, SEGMENTS, SKEW, TAIL, CohortsWorld, PlantedCohorts
 from dist_rec.data.synthetic_domains import DomainsConfig
 
 USERS, ITEMS, CATEGORIES = 1000, 200, 20
-SHARES = np.arange(1, USERS + 1) ** -0.9 / (np.arange(1, USERS + 1) ** -0.9).sum()
+SHARES = np.arange(1, USERS + 1) ** -SKEW / (np.arange(1, USERS + 1) ** -SKEW).sum()
 
 
 def draw(n: int, **settings: Any) -> tuple[CohortsWorld, pa.Table]:
@@ -34,9 +34,7 @@ def test_cohorts_are_the_ends_of_the_users_values_with_the_given_mass(share: flo
     assert (np.bincount(planted) / len(rows)).tolist() == pytest.approx([share, 1 - 2 * share, share], abs=0.006)
     assert value[planted == TAIL].max() < value[planted == MAJORITY].min()
     assert value[planted == HEAD].min() > value[planted == MAJORITY].max()
-    frequent = np.argsort(-SHARES)[: USERS // 10]
-    assert (hidden.cohort[frequent] == MAJORITY).all()
-    assert min(np.bincount(hidden.cohort)) > 50 * share / 0.05  # many users, not one
+    assert min(np.bincount(hidden.cohort)) > 30 * share / 0.05  # many users, not one
 
 
 def test_segments_are_twentieths_of_the_rows_and_the_ends_are_the_cohorts() -> None:
