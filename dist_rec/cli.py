@@ -16,6 +16,7 @@ VERBS = {
     "predict": ("dist_rec.predict", "score a Parquet data set with an export"),
     "cohorts": ("dist_rec.cohorts", "find the two cohorts whose predictions differ most"),
     "report": ("dist_rec.report", "compare trained runs on one HTML page"),
+    "correlation": ("dist_rec.correlation", "measure how much the columns of an item table say about each other"),
     "plan": ("dist_rec.plan", "show which rank would hold which table, offline"),
 }
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `dist-rec VERB ...`; the verb's module is imported only then, as torchrec takes seconds."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
+        lines = [f"  {verb:<13}{text}" for verb, (_, text) in VERBS.items()]
         print("\n".join(["usage: dist-rec VERB ...", "", *lines, "", "dist-rec VERB --help says more."]))
         raise SystemExit(0 if arguments else 2)
     verb, rest = arguments[0], arguments[1:]

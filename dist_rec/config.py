@@ -17,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dist_rec.contract import EvaluationKind
 from dist_rec.data.loader import DataConfig
 from dist_rec.data.schema import Schema
 from dist_rec.embeddings.sharding import ShardingConfig, check_columns, check_kernels, check_splittable
@@ -78,16 +79,41 @@ class RunConfig:
         if self.run and device_type is None:
             yield from gather("run", self.run.check())
         device = device_type or (self.run.device_type if self.run else "cpu")
-        for key in ("schema", "data", "sharding", "checkpoint", "report"):
+        for key in ("schema", "data", "sharding", "checkpoint", "report", "export"):
             if getattr(self, key) is not None:
                 yield from gather(key, getattr(self, key).check())
         if self.optim:
             yield from gather("optim", self.optim.check(device))
         if self.train and self.data:
-            known = metric_names(self.schema, self.metrics) if self.schema and self.metrics else None
+            known = metric_names(self.schema, self.metrics, self.evaluation) if self.schema and self.metrics else None
             yield from gather("train", self.train.check(self.data.validation is not None, known))
+        if self.schema and self.data:
+            yield from self._check_items(self.schema, self.data)
         if self.schema and not list(self.schema.check()):
             yield from self._check_with_schema(self.schema, device)
+
+    @property
+    def evaluation(self) -> EvaluationKind:
+        """How the model's predictions are judged."""
+        return getattr(self.model, "evaluation", "labels")
+
+    @property
+    def views(self) -> dict[str, Sequence[str]]:
+        """The views of all auxiliaries, in their order."""
+        found: dict[str, Sequence[str]] = {}
+        for part in self.auxiliary.values():
+            found |= part.views(self.schema) if hasattr(part, "views") else {}
+        return found
+
+    def _check_items(self, schema: Schema, data: DataConfig) -> Iterator[Complaint]:
+        if schema.items is not None and data.items is None:
+            yield Complaint("data.items", "is missing; schema.items declares an item table: say where it lies")
+        if schema.items is None and data.items is not None:
+            yield Complaint("schema.items", "is missing; data.items names an item table: say which feature has its ids")
+        for name, part in (self.auxiliary or {}).items():
+            if hasattr(part, "views") and not getattr(self.model, "serves_views", False):
+                text = f"looks at views of items, which model '{_name_of(self.model)}' does not encode"
+                yield Complaint(f"auxiliary.{name}", f"{text}; leave it out, or use a model with two towers")
 
     def _check_with_schema(self, schema: Schema, device: str) -> Iterator[Complaint]:
         if self.metrics:

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from dist_rec.data.batch import Batch
+from dist_rec.data.catalogue import Catalogue
 from dist_rec.data.schema import Schema
+from dist_rec.data.views import Views
 from dist_rec.settings import Complaint
 
 
@@ -53,8 +56,10 @@ class StepOutput(NamedTuple):
     """What a step leaves for metrics and reports; every tensor is detached.
 
     predictions: (B, T) logits, float32. labels: (B, T). weights: (B,), 0 for padding rows. groups: name -> (B,).
-    losses: name -> scalar, the weighted terms whose sum was minimised on this rank.
+    losses: name -> scalar, the weighted terms whose sum was minimised on this rank; none in eval mode.
     compared: (B, R) float32, the representations that the metrics compare, side by side; None in training.
+    representations: name -> (B, dim) float32, those that are served, of a model that is judged by retrieval; none in
+        training.
     """
 
     predictions: Tensor
@@ -63,6 +68,7 @@ class StepOutput(NamedTuple):
     groups: dict[str, Tensor]
     losses: dict[str, Tensor]
     compared: Tensor | None = None
+    representations: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Arch(Protocol):
@@ -74,8 +80,11 @@ class Arch(Protocol):
         """dense: (B, Nd). tables: set name -> (B, F, D) float32. groups: name -> (B,) int64."""
 
 
-Encode = Callable[[str], Tensor]
-"""view name -> (B, dim): the arch's encoding of a view, for archs that serve views."""
+class Encode(Protocol):
+    """The arch's encoding of a view (`data.views`), for archs that serve views."""
+
+    def __call__(self, view: str, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Returns (B, dim). change: what to do with the view's looked-up rows, (B, F, D), before they are encoded."""
 
 
 AUXILIARIES = "dense.auxiliaries."
@@ -93,8 +102,17 @@ class LossTerms(Protocol):
         """Returns name -> scalar."""
 
 
+EvaluationKind = Literal["labels", "retrieval"]
+"""labels: predictions are compared with the labels of the same rows. retrieval: a query is compared with every item
+of the catalogue, by the inner product of the representations "query" and "item"."""
+
+
 class ArchConfig(Protocol):
-    """`Config` of a file in `models/`."""
+    """`Config` of a file in `models/`.
+
+    Two class attributes may say more: `evaluation`, an EvaluationKind, by default "labels"; and `serves_views = True`
+    if the arch has `encode(batch, tables, view)`, where the rows of a set's features in a view are "<set>#<view>".
+    """
 
     def table_sets(self, schema: Schema) -> list[TableSet]:
         """The table sets the arch looks up."""
@@ -104,6 +122,21 @@ class ArchConfig(Protocol):
 
     def check(self, schema: Schema) -> Iterator[Complaint]:
         """Complaints about the settings, with keys relative to the component."""
+
+
+Fill = Callable[[Batch, int, int], Batch]
+"""(batch, training step, rank) -> the batch with its views: pure, on the loader's threads. Random numbers are a
+function of (seed, step, place in the global batch), see `data.draws`, so that a resumed run draws the same."""
+
+
+class ViewConfig(Protocol):
+    """What the `Config` of a file in `auxiliary/` has besides, if its loss looks at views of items."""
+
+    def views(self, schema: Schema) -> Views:
+        """The views and their features, all of them features that an item alone decides."""
+
+    def fill(self, catalogue: Catalogue, seed: int) -> Fill:
+        """What adds the keys of `views`, in their order, to each training batch."""
 
 
 class LossConfig(Protocol):

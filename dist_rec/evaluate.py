@@ -48,8 +48,8 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     split, folder = config.evaluate.split, Path(config.run.dir)
     trained = restore(config, runtime)
     groups = list(config.schema.groups) if config.evaluate.predictions else None
-    loader = trained.data.once(split)
-    found = evaluate(trained.model, loader, config.schema, config.metrics, runtime, groups, trained.diagnostics)
+    loader, task = trained.data.once(split), trained.data.task(split)
+    found = evaluate(trained.model, loader, config.schema, config.metrics, runtime, groups, trained.diagnostics, task)
     step, path = trained.checkpoint.step, trained.checkpoint.path
     result = {"step": step, "split": split, "metrics": found.metrics, "data_policies": found.policies}
     if found.diagnostics:

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dist_rec import versions
 from dist_rec.config import RunConfig, to_mapping, to_yaml
+from dist_rec.data.catalogue import Catalogue
+from dist_rec.data.footers import read_footers
 from dist_rec.job import load_config, run_entry
+from dist_rec.predict import load_part, open_items
 from dist_rec.recommender import plain, served
-from dist_rec.serving.collapse import collapse, format_report
+from dist_rec.serving.collapse import Collapsed, collapse, format_report
 from dist_rec.serving.exported import CONFIG, REPORT, TENSORS
+from dist_rec.serving.retrieval import (
+    INDEX,
+    ITEM,
+    QUERY,
+    VECTORS,
+    index_recall,
+    read_vectors,
+    write_index,
+    write_vectors,
+)
 from dist_rec.settings import Complaint, ConfigError
 from dist_rec.training.checkpoint import trained
 from dist_rec.training.compatible import check_compatible
@@ -30,10 +49,16 @@ the config.yaml in its folder.
 
   model.safetensors   the tensors          config.yaml   the plain config          report.json   what is printed
 
+Of a model with two towers the folder has the folders query and item, an export of each tower with these files, and
+
+  items.parquet       every item of data.items and its vector
+  items.faiss         an index over them (needs faiss-cpu), whose recall against exact search is printed
+
 Overrides:
   run.dir=runs/mine                the run whose checkpoints are read
   export.step=1000                 which checkpoint; default: the best of an early-stopping run, else the newest
   export.path=models/mine          another folder; an export that is there is replaced
+  export.index=HNSW32              FAISS's name of the index; auto (default), or none
 """
 
 
@@ -48,20 +73,86 @@ def run(config: RunConfig) -> dict[str, Any]:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    report = {"step": checkpoint.step, "checkpoint": str(checkpoint.path), "versions": versions.installed()}
     try:
-        with StoredModel(checkpoint.path) as stored:
-            tensors = served(config).state_dict()
-            collapsed = collapse(stored, tensors, temporary / TENSORS, {"step": str(checkpoint.step)})
-        report = {"step": checkpoint.step, "checkpoint": str(checkpoint.path), **asdict(collapsed)}
-        report["versions"] = versions.installed()
-        (temporary / CONFIG).write_text(to_yaml(plain(config)))
-        (temporary / REPORT).write_text(to_json(report, indent=1))
+        lines = _write_all(config, checkpoint.path, report, temporary)
         _replace(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"step {checkpoint.step}, {checkpoint.path} -> {folder}")
-    print("\n".join(format_report(collapsed)))
-    return report
+    print("\n".join(lines))
+    return json.loads((folder / REPORT).read_text())
+
+
+def _write_all(config: RunConfig, checkpoint: Path, report: dict[str, Any], folder: Path) -> list[str]:
+    """Everything that an export holds, from the checkpoint in folder `checkpoint`; returns what there is to print."""
+    lines: list[str] = []
+    parts = config.model.parts() if hasattr(config.model, "parts") else {"": config.model}
+    shapes = {name: served(replace(config, model=part)).state_dict() for name, part in parts.items()}
+    with StoredModel(checkpoint) as stored:
+        for name, part in parts.items():
+            others = {n for other, tensors in shapes.items() if other != name for n in tensors}
+            own = plain(replace(config, model=part))
+            collapsed = _write(stored, own, shapes[name], others, folder / name, report)
+            lines += [*([f"{name}:"] if name else []), *format_report(collapsed)]
+    if config.evaluation == "retrieval":
+        found = _write_catalogue(config, folder)
+        lines += [f"{name}: {value}" for name, value in found.items()]
+        (folder / REPORT).write_text(to_json({**report, **found}, indent=1))
+    return lines
+
+
+def _write(
+    stored: StoredModel,
+    config: RunConfig,
+    shapes: Mapping[str, Tensor],
+    others: Collection[str],
+    folder: Path,
+    report: dict[str, Any],
+) -> Collapsed:
+    """One export of a plain config: its tensors, of the names and shapes in `shapes`, and what goes with them."""
+    folder.mkdir(exist_ok=True)
+    collapsed = collapse(stored, shapes, folder / TENSORS, {"step": str(report["step"])}, others)
+    (folder / CONFIG).write_text(to_yaml(config))
+    (folder / REPORT).write_text(to_json({**report, **asdict(collapsed)}, indent=1))
+    return collapsed
+
+
+def _write_catalogue(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """The vectors of all items and the index over them; what there is to say of these."""
+    assert config.schema.items is not None
+    part, batch_size = load_part(folder / ITEM), config.data.eval_batch_size or config.data.batch_size
+    table = open_items(part.config)
+    started = time.perf_counter()
+    with torch.no_grad():
+        encode = partial(part.model.represent, name=ITEM)
+        key = config.schema.items.key
+        write_vectors(folder / VECTORS, key, Catalogue(config.schema, table), encode, batch_size)
+    found: dict[str, Any] = {"items": len(table), "encode_seconds": time.perf_counter() - started}
+    if config.export.index == "none":
+        return found
+    index = write_index(folder / VECTORS, folder / INDEX, config.export.index, config.export.probes)
+    split, queries = _queries(config, folder)
+    recall = index_recall(folder / INDEX, read_vectors(folder / VECTORS), queries, config.export.recall_at)
+    told = f"index_recall@{config.export.recall_at}"
+    return {**found, "index": index, "queries": f"{len(queries)} rows of {split}", told: recall}
+
+
+def _queries(config: RunConfig, folder: Path) -> tuple[str, Tensor]:
+    """Vectors of some rows of the first split that there is, and its name."""
+    split = next(s for s in ("validation", "test", "train") if getattr(config.data, s) is not None)
+    most, found = config.export.recall_queries, []
+    part = load_part(folder / QUERY)
+    loader = part.loader(read_footers(getattr(config.data, split)), min(most, config.data.batch_size))
+    try:
+        with torch.no_grad():
+            for batch in loader:
+                found.append(part.model.represent(batch, QUERY)[batch.weights > 0])
+                if sum(map(len, found)) >= most:
+                    break
+    finally:
+        loader.close()
+    return split, torch.cat(found)[:most]
 
 
 def _replace(folder: Path, temporary: Path) -> None:

@@ -17,16 +17,24 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from dist_rec.config import RunConfig, load
+from dist_rec.contract import Fill
 from dist_rec.data import synthetic
+from dist_rec.data.batch import Batch
+from dist_rec.data.catalogue import Catalogue
 from dist_rec.data.footers import DataError, FileFooter, check_columns, fingerprint, read_footers
-from dist_rec.data.loader import Loader
+from dist_rec.data.item_table import ItemTable
+from dist_rec.data.join import Join
+from dist_rec.data.loader import Loader, Transform
+from dist_rec.data.positives import Positives
 from dist_rec.data.scan import scan_groups
+from dist_rec.data.views import Views, with_empty_views
 from dist_rec.embeddings.sharding import PlanError
 from dist_rec.recommender import distribute
 from dist_rec.serving.tensor_file import TensorFileError
 from dist_rec.settings import Complaint, ConfigError
 from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError
 from dist_rec.training.evaluation import Diagnostics
+from dist_rec.training.retrieval import RetrievalTask
 from dist_rec.training.runtime import Runtime, check_writable, rank_from_environment
 from dist_rec.training.trainer import TrainingStopped
 
@@ -142,6 +150,7 @@ class JobData:
         if runtime.is_main:
             try:
                 answer = _read_splits(config, splits, runtime.world_size)
+                self._derive(answer, splits)  # written to the cache here, so that the others only open it
             except DataError as error:
                 answer = DataSetError(str(error))
             except Exception as error:  # noqa: BLE001 - raised again below, when nobody waits for the answer any more
@@ -151,17 +160,57 @@ class JobData:
             raise unexpected
         if isinstance(answer, DataSetError):
             raise answer
-        self._footers: dict[str, list[FileFooter]] = answer
+        self._footers = {split: footers for split, footers in answer.items() if split in splits}
+        if not runtime.is_main:
+            self._derive(answer, splits)
 
-    def train(self, cursor: dict[str, Any] | None) -> Loader:
+    def _derive(self, footers: dict[str, list[FileFooter]], splits: Sequence[str]) -> None:
+        """What is computed from the files once and kept in the cache: the item table, and what was positive before."""
+        config = self._config
+        cache = Path(config.data.cache)
+        self.catalogue: Catalogue | None = None
+        self._positives: dict[str, Positives] = {}
+        if config.schema.items is not None:
+            self.catalogue = Catalogue(config.schema, ItemTable(config.schema, footers[ITEMS], cache))
+        evaluated = [split for split in splits if split in footers and (split != "train" or len(splits) == 1)]
+        if config.evaluation == "retrieval" and evaluated:
+            query, rows = config.metrics.retrieval.query, config.schema.of_rows()
+            for split in dict.fromkeys(["train", *_until(evaluated)[:-1]]):
+                if split in footers:
+                    self._positives[split] = Positives(rows, query, footers[split], cache)
+
+    def train(self, cursor: dict[str, Any] | None, first_step: int = 0) -> Loader:
         """The training batches, from a checkpoint's cursor on or from the start.
 
+        first_step: how many steps lie behind.
         Raises DataSetError if the cursor is of other data or another seed.
         """
         try:
-            return self._loader("train", cursor=cursor, one_pass=False)
+            return self._loader("train", cursor=cursor, one_pass=False, transform=self._filled_views(first_step))
         except DataError as error:
             raise DataSetError(str(error)) from error
+
+    def task(self, split: str) -> RetrievalTask | None:
+        """What is searched when a split is evaluated, for a model that is judged by retrieval; None for others."""
+        if self._config.evaluation != "retrieval" or self.catalogue is None:
+            return None
+        earlier = [self._positives[name] for name in _until([split])[:-1] if name in self._positives]
+        return RetrievalTask(
+            self.catalogue,
+            batch_size=self._config.data.eval_batch_size or self._config.data.batch_size,
+            views=self._config.views,
+            earlier=earlier,
+            frequency=self._positives["train"].frequency,
+        )
+
+    def _filled_views(self, first_step: int) -> Transform | None:
+        """What adds the auxiliaries' views to the training batches."""
+        if not self._config.views:
+            return None
+        assert self.catalogue is not None
+        parts = [part for part in self._config.auxiliary.values() if hasattr(part, "views")]
+        fills: list[Fill] = [part.fill(self.catalogue, self._config.run.seed) for part in parts]
+        return partial(_fill_all, fills, first_step, self._runtime.rank)
 
     def split(self, name: str) -> Callable[[], Loader] | None:
         """A maker of loaders over "validation" or "test", one pass in file order; None if the config has none."""
@@ -180,11 +229,19 @@ class JobData:
         """What tells a split's files from others; see `footers.fingerprint`."""
         return fingerprint(self._footers[name])
 
-    def _loader(self, split: str, cursor: dict[str, Any] | None = None, one_pass: bool = True) -> Loader:
+    def _loader(
+        self,
+        split: str,
+        cursor: dict[str, Any] | None = None,
+        one_pass: bool = True,
+        transform: Transform | None = None,
+    ) -> Loader:
         data, train = self._config.data, not one_pass
+        if one_pass and self._config.views:
+            transform = partial(_emptied, self._config.views)
         return Loader(
             data,
-            self._config.schema,
+            self._config.schema.of_rows(),
             self._footers[split],
             rank=self._runtime.rank,
             world_size=self._runtime.world_size,
@@ -194,7 +251,28 @@ class JobData:
             epochs=self._config.train.epochs if train else 1,
             cursor=cursor,
             pin_memory=self._runtime.device.type == "cuda",
+            join=Join(self._config.schema, self.catalogue.table) if self.catalogue is not None else None,
+            transform=transform,
         )
+
+
+def _fill_all(fills: Sequence[Fill], first_step: int, rank: int, batch: Batch, number: int) -> Batch:
+    for fill in fills:
+        batch = fill(batch, first_step + number, rank)
+    return batch
+
+
+def _emptied(views: Views, batch: Batch, number: int) -> Batch:
+    return with_empty_views(batch, views)
+
+
+ITEMS = "items"
+_ORDER = ("train", "validation", "test")
+
+
+def _until(splits: Sequence[str]) -> tuple[str, ...]:
+    """The splits up to the last one asked for: what was positive in those before it is known to its queries."""
+    return _ORDER[: 1 + max(_ORDER.index(split) for split in splits)]
 
 
 class Trained(NamedTuple):
@@ -235,12 +313,16 @@ def _read_splits(config: RunConfig, splits: Sequence[str], world_size: int) -> d
                             f"({error.strerror}); choose another folder") from error  # fmt: skip
     found: dict[str, list[FileFooter]] = {}
     owner: dict[str, str] = {}
-    for split in splits:
+    rows_schema, data = config.schema.of_rows(), config.data
+    if config.schema.items is not None and data.items is not None:
+        found[ITEMS] = read_footers(data.items)
+        check_columns(found[ITEMS], config.schema.of_items())
+    for split in _until(splits) if config.evaluation == "retrieval" else splits:
         path = getattr(config.data, split)
         if path is None:
             continue
         found[split] = read_footers(path)
-        check_columns(found[split], config.schema)
+        check_columns(found[split], rows_schema)
         for footer in found[split]:
             if owner.setdefault(os.path.realpath(footer.path), split) != split:
                 first = owner[os.path.realpath(footer.path)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torchrec.distributed.types import ShardingPlan
 from dist_rec.config import RunConfig
 from dist_rec.contract import ArchOutput, StepOutput
 from dist_rec.data.batch import Batch
+from dist_rec.data.views import view_key
 from dist_rec.embeddings import sharding
 from dist_rec.embeddings.abundance import information_abundance
 from dist_rec.embeddings.stage import EmbeddingStage
-from dist_rec.embeddings.tables import Table, make_tables
+from dist_rec.embeddings.tables import Table, make_tables, view_sets
 from dist_rec.metrics.representations import chosen
 from dist_rec.training.evaluation import Diagnostics
 from dist_rec.training.optim import StepOptimizer, fuse_table_optimizer
@@ -31,7 +33,8 @@ class DensePart(nn.Module):
     TorchRec traces only modules that contain a sharded one, so what is below this module may be ordinary Python.
 
     Args:
-        compared: representations of the arch, name -> columns, that each step of an evaluation leaves.
+        compared: representations of the arch, name -> columns, that each step of an evaluation leaves side by side.
+        served: those that it leaves by name.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class DensePart(nn.Module):
         auxiliaries: Mapping[str, nn.Module],
         precision: str,
         compared: Mapping[str, int],
+        served: Sequence[str],
     ):
         super().__init__()
         self.arch: Any = arch
@@ -48,6 +52,7 @@ class DensePart(nn.Module):
         self.auxiliaries = nn.ModuleDict(auxiliaries)
         self._precision = precision
         self.compared = dict(compared)
+        self._served = tuple(served)
         for part in (objective, *auxiliaries.values()):
             if callable(bind := getattr(part, "bind", None)):
                 bind(arch)
@@ -61,23 +66,35 @@ class DensePart(nn.Module):
     def forward(self, batch: Batch, tables: dict[str, Tensor]) -> tuple[Tensor, StepOutput]:
         """tables: set name -> (B, F, D). Returns the loss to minimise (scalar, float32) and what the step leaves."""
         output = self.score(batch, tables)
-
-        def encode(view: str) -> Tensor:
-            with torch.autocast(batch.dense.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-                return self.arch.encode(batch, tables, view)
-
-        terms: dict[str, Tensor] = {}
-        for part in (self.objective, *self.auxiliaries.values()):
-            terms.update(part(output, batch, encode))
         left = StepOutput(
             predictions=output.predictions.detach(),
             labels=batch.labels,
             weights=batch.weights,
             groups=batch.groups,
-            losses={name: term.detach() for name, term in terms.items()},
-            compared=None if self.training or not self.compared else self._side_by_side(output),
+            losses={},
         )
-        return torch.stack(list(terms.values())).sum(), left
+        if not self.training:  # nobody asks for a loss, and one over the batches of all ranks would cost an exchange
+            kept = {name: output.representations[name].detach().float() for name in self._served}
+            compared = self._side_by_side(output) if self.compared else None
+            return output.predictions.new_zeros(()), left._replace(compared=compared, representations=kept)
+        encode = partial(self._encode, batch, tables)
+        terms: dict[str, Tensor] = dict(self.objective(output, batch, encode))
+        devices = [batch.dense.device] if batch.dense.device.type == "cuda" else []
+        for part in self.auxiliaries.values():
+            # attached or not, and with dropout in what it encodes or not, the next step draws the same numbers
+            with torch.random.fork_rng(devices=devices):
+                terms.update(part(output, batch, encode))
+        losses = {name: term.detach() for name, term in terms.items()}
+        return torch.stack(list(terms.values())).sum(), left._replace(losses=losses)
+
+    def _encode(
+        self, batch: Batch, tables: dict[str, Tensor], view: str, change: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """The arch's encoding of a view, see `contract.Encode`."""
+        if change is not None:
+            tables = {n: change(rows) if n.endswith(view_key("", view)) else rows for n, rows in tables.items()}
+        with torch.autocast(batch.dense.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+            return self.arch.encode(batch, tables, view)
 
     def _side_by_side(self, output: ArchOutput) -> Tensor:
         return torch.cat([output.representations[name].detach().float() for name in self.compared], dim=1)
@@ -99,13 +116,17 @@ class Recommender(nn.Module):
         """(B, T) float32, for models that are not sharded; labels, weights and an objective are not needed."""
         return self.dense.score(batch, self.embeddings(batch.sparse)).predictions
 
+    def represent(self, batch: Batch, name: str) -> Tensor:
+        """(B, dim) float32 a representation of the arch, for models that are not sharded."""
+        return self.dense.score(batch, self.embeddings(batch.sparse)).representations[name].float()
+
 
 def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, list[Table]]:
     """The unsharded model with its tables on `table_device`, and the list of its tables.
 
     The dense part is initialised from `run.seed` alone, so every rank and every world size starts from the same
-    weights. Auxiliaries are built last and draw from a fork of the generator: attached or not, the rest starts and
-    trains from the same random numbers.
+    weights. Auxiliaries are built last, and are built and run in a fork of the generator: attached or not, the rest
+    starts and trains from the same random numbers.
     """
     stage, tables = _stage(config, table_device)
     torch.manual_seed(config.run.seed)
@@ -114,15 +135,17 @@ def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, l
     with torch.random.fork_rng(devices=[]):
         extra = {name: c.build(config.schema, arch.representation_dims) for name, c in config.auxiliary.items()}
     compared = chosen(config.metrics.correlation, arch.representation_dims)
-    return Recommender(stage, DensePart(arch, objective, extra, config.train.precision, compared)), tables
+    by_name = ("query", "item") if config.evaluation == "retrieval" else ()
+    dense = DensePart(arch, objective, extra, config.train.precision, compared, by_name)
+    return Recommender(stage, dense), tables
 
 
 def _stage(config: RunConfig, table_device: str) -> tuple[EmbeddingStage, list[Table]]:
-    sets = config.model.table_sets(config.schema)
-    tables = make_tables(sets, config.schema, config.embeddings)
+    sets, views = config.model.table_sets(config.schema), config.views
+    tables = make_tables(sets, config.schema, config.embeddings, views)
     stage = EmbeddingStage(
         tables,
-        sets,
+        [*sets, *view_sets(sets, views)],
         is_weighted=config.schema.is_weighted,
         project=config.embeddings.project,
         train_projection=config.embeddings.train_projection,
@@ -147,7 +170,7 @@ def served(config: RunConfig) -> Recommender:
     stage, _ = _stage(plain(config), "meta")
     with torch.random.fork_rng(devices=[]):  # its values come from a file
         arch = config.model.build(config.schema)
-    return Recommender(stage, DensePart(arch, None, {}, config.train.precision, {}))
+    return Recommender(stage, DensePart(arch, None, {}, config.train.precision, {}, ()))
 
 
 @dataclass(frozen=True)

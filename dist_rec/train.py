@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -71,7 +71,7 @@ class _Training:
         self.parts = distribute(config, runtime, saved)
         if saved is not None:
             check_reshardable(saved, sharding_types(self.parts.plan), config.optim.tables.name)
-        self.loader = self.data.train(cursor)
+        self.loader = self.data.train(cursor, self.checkpoint.step if self.checkpoint is not None else 0)
 
     def _locked(self) -> TextIO | None:
         """Rank 0 holds a lock on the run folder, which ends with the process; a second run in it is refused."""
@@ -145,11 +145,10 @@ class _Training:
             model=self.parts.model,
             optimizer=self.parts.optimizer,
             loader=self.loader,
-            validation=self.data.split("validation"),
+            validation=self._evaluation("validation"),
             schema=config.schema,
             config=config.train,
             metrics=config.metrics,
-            diagnostics=self.parts.diagnostics,
             reporter=reporter,
             weights=WeightRecorder(self.parts.model, config.report.weights),
             checkpointer=self.checkpointer,
@@ -161,15 +160,23 @@ class _Training:
             facts=facts,
         )
 
+    def _evaluation(self, split: str) -> Callable[[], Evaluation] | None:
+        """Evaluates the model as it then is on a split; None if the config has none."""
+        loader, config, parts = self.data.split(split), self.config, self.parts
+        if loader is None:
+            return None
+        task = self.data.task(split)
+        return lambda: evaluate(
+            parts.model, loader(), config.schema, config.metrics, self.runtime,
+            diagnostics=parts.diagnostics, task=task,
+        )  # fmt: skip
+
     def _finish(self, trainer: Trainer, validation: Evaluation | None, reporter: Reporter) -> dict[str, Any]:
         metrics, policies = {"train": trainer.window_metrics()}, {"train": trainer.policies()}
         found = {"validation": validation} if validation is not None else {}
-        test = self.data.split("test")
+        test = self._evaluation("test")
         if test is not None:
-            config, parts = self.config, self.parts
-            found["test"] = tested = evaluate(
-                parts.model, test(), config.schema, config.metrics, self.runtime, diagnostics=parts.diagnostics
-            )
+            found["test"] = tested = test()
             p = trainer.progress
             reporter.evaluation(p.step, p.examples, "test", tested.metrics, tested.diagnostics)
         for split, result in found.items():

@@ -12,7 +12,9 @@ from dist_rec.config import from_mapping
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_its_config_is_accepted(tmp_path):
-    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    values = yaml.safe_load(block)
-    assert from_mapping({**values, "run": {"dir": str(tmp_path), "device": "cpu"}}).schema.sparse
+def test_its_configs_are_accepted(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        values = yaml.safe_load(block)
+        assert from_mapping({**values, "run": {"dir": str(tmp_path), "device": "cpu"}}).schema.sparse

@@ -148,6 +148,17 @@ def fingerprint(footers: Sequence[FileFooter]) -> dict[str, int | str]:
     }
 
 
+def content_key(footers: Sequence[FileFooter]) -> str:
+    """A digest that changes when a file does: paths, sizes, times of writing. Names what was derived from the files."""
+    stamps = []
+    for footer in footers:
+        filesystem, inner = _file_system(footer.path)
+        info = filesystem.get_file_info(inner)
+        place = os.path.realpath(inner) if isinstance(filesystem, pafs.LocalFileSystem) else footer.path
+        stamps.append(f"{place} {info.size} {info.mtime_ns} {footer.row_group_rows}")
+    return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
+
+
 def check_columns(footers: Sequence[FileFooter], schema: Schema) -> None:
     """Compares every file with the schema; one DataError has all that is missing or of the wrong type."""
     problems: dict[str, list[str]] = {}

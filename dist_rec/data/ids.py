@@ -185,14 +185,18 @@ def primitive(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
     return bare.to_numpy(zero_copy_only=True), array.is_null().to_numpy(zero_copy_only=False)
 
 
-def hash_ids(values: np.ndarray, size: int) -> np.ndarray:
-    """(n,) int64 in 0..size-1: the finaliser of splitmix64 on the 64 bits of each value, then mod size."""
-    x = values.astype(np.uint64)  # a copy, mixed in place
+def mix64(x: np.ndarray) -> np.ndarray:
+    """(n,) uint64, mixed in place by the finaliser of splitmix64 (Steele et al. 2014): each bit depends on all bits."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x ^= x >> np.uint64(shift)
         x *= np.uint64(factor)
     x ^= x >> np.uint64(31)
-    return (x % np.uint64(size)).astype(np.int64)
+    return x
+
+
+def hash_ids(values: np.ndarray, size: int) -> np.ndarray:
+    """(n,) int64 in 0..size-1: `mix64` of the 64 bits of each value, then mod size."""
+    return (mix64(values.astype(np.uint64)) % np.uint64(size)).astype(np.int64)  # a copy is mixed
 
 
 def _all_below(values: np.ndarray, size: int) -> bool:

@@ -11,6 +11,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from dist_rec.data.batch import Batch
 from dist_rec.data.blocks import BatchBuilder
 from dist_rec.data.footers import FileFooter, fingerprint, is_list, open_file
 from dist_rec.data.ids import PolicyCounts
+from dist_rec.data.join import Join
 from dist_rec.data.parquet import DECODED_VALUES, Columns, Place, convert, decode, id_dtype, is_fixed
 from dist_rec.data.read_ahead import Channel, Closed, DaemonPool, RowGroupCache, yield_to_training
 from dist_rec.data.row_groups import Block, Course, EpochOrder, positions
@@ -44,6 +46,8 @@ class DataConfig:
     batch_size: int  # rows per rank and step
     validation: str | None = None
     test: str | None = None
+    items: str | None = None  # the item table, with one row per item; `schema.items` says what it holds
+    cache: str = ".data/cache"  # item tables and lists of positives in the form in which ranks map them into memory
     eval_batch_size: int | None = None  # default: batch_size
     shuffle: bool = True
     shuffle_rows: int = 131072  # rows of a rank's shuffle buffer; memory: `megabytes`
@@ -75,7 +79,8 @@ class Loader:
         epochs: stop before the epoch of this number; None: never stop.
         cursor: from an earlier `cursor`, of any rank.
         pin_memory: batches in page-locked memory.
-        transform: applied to every batch on the reader's thread.
+        join: adds the columns of the item table; `schema` and `footers` are of the rows' own files.
+        transform: applied to every batch after that, on the reader's thread too.
 
     Raises DataError if the cursor is of other data or another seed.
 
@@ -98,6 +103,7 @@ class Loader:
         epochs: int | None,
         cursor: dict[str, Any] | None = None,
         pin_memory: bool = False,
+        join: Join | None = None,
         transform: Transform | None = None,
     ) -> None:
         self._schema = schema
@@ -105,7 +111,7 @@ class Loader:
         self._config = config
         self._shuffled = shuffle
         self._pin = pin_memory
-        self._transform = transform
+        self._join, self._transform = join, transform
         self._groups = [
             _RowGroup(footer.path, i, first, rows)
             for footer in footers
@@ -165,9 +171,12 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         self.wait_seconds, self.counts = 0.0, PolicyCounts()
-        builder = BatchBuilder(self._schema, self._course.at(0)[0].batch_size, self._pin)
-        reader = self._reader = _Reader(self._course, self._groups, self._schema, self._rank, self._config, builder,
-                                        self._transform)  # fmt: skip
+        changes = self._join is not None or self._transform is not None
+        builder = BatchBuilder(self._schema, self._course.at(0)[0].batch_size, self._pin and not changes)
+        reader = self._reader = _Reader(
+            self._course, self._groups, self._schema, self._rank, self._config, builder,
+            partial(self._finished, pin=self._pin and changes),
+        )  # fmt: skip
         return self._consume(reader)
 
     def _consume(self, reader: _Reader) -> Iterator[Batch]:
@@ -184,6 +193,12 @@ class Loader:
             return
         finally:
             reader.close()
+
+    def _finished(self, batch: Batch, number: int, counts: PolicyCounts, pin: bool) -> Batch:
+        """What becomes of a batch of rows before it is dealt; runs on the reader's thread."""
+        batch = batch if self._join is None else self._join(batch, counts)
+        batch = batch if self._transform is None else self._transform(batch, number)
+        return batch.pin_memory() if pin else batch
 
     def close(self) -> None:
         """Stops the threads of the current pass; its iterator then ends. Safe at any time, also twice."""
@@ -250,13 +265,13 @@ class _Reader:
         rank: int,
         config: DataConfig,
         builder: BatchBuilder,
-        transform: Transform | None,
+        finished: Callable[[Batch, int, PolicyCounts], Batch],
     ) -> None:
         # a block's batches: the next block is assembled while the trainer goes through the one that waits here
         phase = course.at(0)[0]
         self.channel: Channel[tuple[Batch, PolicyCounts]] = Channel(phase.block_rows // phase.batch_size)
         self._course, self._groups, self._schema, self._rank = course, groups, schema, rank
-        self._builder, self._transform = builder, transform
+        self._builder, self._finished = builder, finished
         self._ahead = config.decode_threads
         self._files = threading.local()
         self._columns: Columns | None = None
@@ -275,7 +290,7 @@ class _Reader:
         try:
             for block in self._blocks(counts):
                 for batch in block:
-                    ready = batch if self._transform is None else self._transform(batch, number)
+                    ready = self._finished(batch, number, counts)
                     number += 1
                     self.channel.put((ready, counts.copy()))
                     counts.clear()

@@ -1,4 +1,4 @@
-"""A pass over some groups of the schema alone: few columns, no batches, no model."""
+"""Passes over rows in file order, a row group at a time: no batches, no model."""
 
 from __future__ import annotations
 
@@ -33,3 +33,22 @@ def scan_groups(
         convert(table, only, columns, 0, PolicyCounts(), Place(footer.path, i, first, slice(0, rows)))
         real = columns.weights > 0
         yield columns.groups if real.all() else {name: values[real] for name, values in columns.groups.items()}
+
+
+def scan_columns(
+    footers: Sequence[FileFooter], schema: Schema, counts: PolicyCounts
+) -> Iterator[tuple[Columns, Place]]:
+    """Every row once: the converted columns of each row group that has rows, and where they lie.
+
+    Memory is that of one row group. counts: gets what the policies other than "error" did.
+    """
+    for footer in footers:
+        first = 0
+        with open_file(footer.path) as file:
+            for i, rows in enumerate(footer.row_group_rows):
+                if rows:
+                    columns, place = Columns.empty(schema, rows), Place(footer.path, i, first, slice(0, rows))
+                    table = decode(file, footer.path, i, rows, schema, at_once="://" in footer.path)
+                    convert(table, schema, columns, 0, counts, place)
+                    yield columns, place
+                first += rows

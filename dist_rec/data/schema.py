@@ -7,8 +7,8 @@ their inputs by it. Feature, dense and label names are Parquet column names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dist_rec.settings import Complaint, gather
@@ -23,6 +23,8 @@ class DenseColumn:
     transform: Literal["none", "log1p"] = "none"  # log1p: sign(x) * ln(1 + |x|)
     mean: float = 0.0  # of t(x); `dist-rec init` measures it
     std: float = 1.0
+    join: str | None = None  # not in the rows' files: read from the item table, for the item in this sparse feature
+    column: str | None = None  # with `join`: its column of the item table; default: this column's own name
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about this column's own settings."""
@@ -47,6 +49,10 @@ class SparseColumn:
     max_length: int | None = None  # keep the first max_length ids of a list; the dropped ids are counted
     mean_length: float = 1.0  # mean number of ids per row; the planner estimates cost by it
     table: str | None = None  # features that name the same table share it; default: a table of its own
+    # not in the rows' files: read from the item table, for the item in this other feature; for a list of items, such as
+    # a history, the bag has what all of them have
+    join: str | None = None
+    column: str | None = None  # with `join`: its column of the item table; default: this feature's own name
 
     @property
     def has_reserved_row(self) -> bool:
@@ -138,6 +144,25 @@ class GroupColumn:
 
 
 @dataclass
+class ItemColumns:
+    """The item table (`data.items`): a second Parquet source with one row per item of the catalogue.
+
+    Columns with `join` are read from it. Its ids are those of `feature`, 0 .. num_ids-1 each at most once.
+    """
+
+    feature: str  # the sparse feature with the item of a row: in retrieval the positive
+    id: str | None = None  # the item table's column of ids; default: called as `feature`
+    # an item of a row that the item table does not have: "error" stops; "empty" leaves its joined columns empty (dense
+    # ones take their `fill`) and counts it. Such an item is in no catalogue and can never be retrieved.
+    on_missing: Literal["error", "empty"] = "error"
+
+    @property
+    def key(self) -> str:
+        """The item table's column of ids."""
+        return self.id or self.feature
+
+
+@dataclass
 class Schema:
     """All columns of a data set; the order here is the order of the tensors' columns.
 
@@ -149,11 +174,42 @@ class Schema:
     dense: dict[str, DenseColumn] = field(default_factory=dict)
     weight: WeightColumn | None = None
     groups: dict[str, GroupColumn] = field(default_factory=dict)
+    items: ItemColumns | None = None
 
     @property
     def is_weighted(self) -> bool:
         """Whether any feature carries a weight per id."""
         return any(c.weights is not None for c in self.sparse.values())
+
+    def of_rows(self, wanted: Collection[str] | None = None) -> Schema:
+        """The same without joined columns: what the rows' own files hold.
+
+        wanted: only these features and dense columns, and those that they are joined by.
+        """
+        if wanted is None and self.items is None:
+            return self
+        columns: dict[str, SparseColumn | DenseColumn] = {**self.sparse, **self.dense}
+        wanted = set(columns if wanted is None else wanted)
+        wanted |= {join for n in wanted if (join := columns[n].join) is not None}
+        return replace(
+            self,
+            sparse={name: column for name, column in self.sparse.items() if column.join is None and name in wanted},
+            dense={name: column for name, column in self.dense.items() if column.join is None and name in wanted},
+        )
+
+    def of_items(self) -> Schema:
+        """What the item table holds: its ids, then each joined column once, under its name there."""
+        assert self.items is not None
+        ids = SparseColumn(num_ids=self.sparse[self.items.feature].num_ids)
+        sparse = {c.column or n: replace(c, join=None, column=None) for n, c in self.sparse.items() if c.join}
+        dense = {c.column or n: replace(c, join=None, column=None) for n, c in self.dense.items() if c.join}
+        return Schema(labels={}, sparse={self.items.key: ids, **sparse}, dense=dense)
+
+    def item_features(self) -> list[str]:
+        """The sparse features that an item alone decides: `items.feature` and what is joined by it."""
+        assert self.items is not None
+        feature = self.items.feature
+        return [feature, *(name for name, column in self.sparse.items() if column.join == feature)]
 
     def num_values(self, group: str) -> int:
         """Values of a group that `group_problem` has no complaint about: all lie in 0 .. num_values-1."""
@@ -179,7 +235,7 @@ class Schema:
         return None
 
     def columns(self) -> list[str]:
-        """The Parquet columns to read, each once, in a fixed order."""
+        """The Parquet columns to read, each once, in a fixed order; of a schema without joined columns."""
         names = [*self.labels, *self.dense, *self.sparse]
         names += [c.weights for c in self.sparse.values() if c.weights is not None]
         names += [g.column for g in self.groups.values()]
@@ -188,8 +244,6 @@ class Schema:
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about the declaration itself; files are checked against it by the loader."""
-        if not self.labels:
-            yield Complaint("labels", "is empty; name at least one label column")
         if not self.sparse:
             yield Complaint("sparse", "is empty; a recommendation model needs at least one sparse feature")
         for kind in ("dense", "sparse"):
@@ -201,6 +255,7 @@ class Schema:
             if any(c in name for c in "@#."):
                 yield Complaint(f"sparse.{name}", "has one of @ # . in its name, which name views and parameters")
         yield from self._check_shared_tables()
+        yield from check_items(self)
         for kind in ("dense", "sparse", "groups"):
             for name, column in getattr(self, kind).items():
                 yield from gather(f"{kind}.{name}", column.check())
@@ -215,3 +270,72 @@ class Schema:
                     f"gives {column.num_rows} rows, but '{other}' shares table '{column.table or name}' "
                     f"and gives {self.sparse[other].num_rows}; both need the same",
                 )
+
+
+def check_items(schema: Schema) -> Iterator[Complaint]:
+    """Complaints about the item table's declaration and about the columns joined from it."""
+    joined = {f"{kind}.{n}": c for kind in ("sparse", "dense") for n, c in getattr(schema, kind).items()}
+    for key, column in joined.items():
+        if column.column is not None and column.join is None:
+            yield Complaint(f"{key}.column", "is a name in the item table, so it goes with join; leave it out")
+    joined = {key: column for key, column in joined.items() if column.join is not None}
+    items = schema.items
+    if items is None:
+        for key in joined:
+            yield Complaint(f"{key}.join", "needs an item table; declare schema.items and set data.items")
+        return
+    if items.feature not in schema.sparse:
+        yield Complaint("items.feature", f"is '{items.feature}', which is no sparse feature; name that of the item ids")
+        return
+    id_space = schema.sparse[items.feature].num_ids
+    by_feature = {column.join: f"{key}.join" for key, column in joined.items()} | {items.feature: "items.feature"}
+    for name, key in by_feature.items():
+        yield from (Complaint(key, text) for text in _id_problems(schema, name, id_space))
+    if schema.sparse[items.feature].multi:
+        yield Complaint("items.feature", f"is '{items.feature}', a list; the item of a row is one id")
+    elif schema.sparse[items.feature].on_null == "empty":
+        yield Complaint(
+            "items.feature", f"is '{items.feature}' with on_null: empty; every row has an item, choose another"
+        )
+    for name, dense in schema.dense.items():
+        if dense.join in schema.sparse and schema.sparse[dense.join].multi:
+            yield Complaint(f"dense.{name}.join", f"is '{dense.join}', a list; a number can be joined by one id only")
+    yield from _check_sources(schema, joined)
+
+
+def _id_problems(schema: Schema, name: str, id_space: int) -> Iterator[str]:
+    """What keeps feature `name` from naming rows of the item table."""
+    column = schema.sparse.get(name)
+    if column is None:
+        yield f"is '{name}', which is no sparse feature; name the one with the item ids"
+    elif column.join is not None:
+        yield f"is '{name}', which is joined itself; name a feature of the rows' own files"
+    elif column.num_ids != id_space:
+        yield f"is '{name}' with num_ids {column.num_ids}, but the items have {id_space}; both need the same ids"
+    elif column.out_of_range in ("modulo", "hash"):
+        yield f"is '{name}' with out_of_range: {column.out_of_range}, which mixes items; use error or reserved"
+
+
+def _check_sources(schema: Schema, joined: dict[str, SparseColumn | DenseColumn]) -> Iterator[Complaint]:
+    """A column of the item table that serves several features is read in one way."""
+    assert schema.items is not None
+    first: dict[str, tuple[str, SparseColumn | DenseColumn]] = {}
+    for key, column in joined.items():
+        source = column.column or key.partition(".")[2]
+        if source == schema.items.key:
+            yield Complaint(f"{key}.column", f"is '{source}', the item table's ids; use the feature they come from")
+        other, known = first.setdefault(source, (key, column))
+        if _reading(column) != _reading(known):
+            yield Complaint(
+                key, f"and {other} read column '{source}' of the item table differently; declare them alike"
+            )
+    weights = [c.weights for c in joined.values() if isinstance(c, SparseColumn) and c.weights is not None]
+    for name in set(weights) & set(first):
+        yield Complaint(first[name][0], f"reads '{name}', which holds the weights of another column; choose one use")
+
+
+def _reading(column: SparseColumn | DenseColumn) -> object:
+    """What decides how a column's values are read."""
+    if isinstance(column, DenseColumn):
+        return replace(column, join=None, column=None)
+    return replace(column, join=None, column=None, table=None, mean_length=1.0)

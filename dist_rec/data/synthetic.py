@@ -3,8 +3,8 @@
 What is planted, on the logit: a term per user, item and category; a product of hidden user and item vectors (only
 models with interactions find it); the likeness of the item to the user's history; an effect of the hour that differs by
 domain; an effect of the item that has opposite signs in opposite cohorts (an average over cohorts hides it); and dense
-columns. With `domains` or `cohorts` set another log is written in its place: see `synthetic_domains` and
-`synthetic_cohorts`.
+columns. With `domains`, `cohorts` or `retrieval` set another data set is written in its place: see `synthetic_domains`,
+`synthetic_cohorts` and `synthetic_retrieval`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from dist_rec.data.synthetic_cohorts import CohortsWorld, PlantedCohorts
 from dist_rec.data.synthetic_domains import DomainsConfig, DomainsWorld, Truth, write_truth
+from dist_rec.data.synthetic_retrieval import RetrievalConfig, RetrievalWorld, write_items
 from dist_rec.settings import Complaint, gather
 
 SPLITS = ("train", "validation", "test")
@@ -45,9 +46,11 @@ class SyntheticConfig:
     items: int = 2_000
     categories: int = 50
     seed: int = 20261123
-    # {} or more in one of these: the log of several domains, or of planted cohorts, with truth.json beside its splits
+    # {} or more in one of these: the log of several domains, or of planted cohorts, with truth.json beside its splits;
+    # users and items without labels, with items.parquet beside
     domains: DomainsConfig | None = None
     cohorts: PlantedCohorts | None = None
+    retrieval: RetrievalConfig | None = None
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about the settings themselves."""
@@ -56,11 +59,11 @@ class SyntheticConfig:
                 yield Complaint(name, f"is {getattr(self, name)}; use at least 1")
         if self.seed < 0:
             yield Complaint("seed", f"is {self.seed}; use 0 or more")
-        for name in ("domains", "cohorts"):
-            if getattr(self, name) is not None:
-                yield from gather(name, getattr(self, name).check())
-        if self.domains is not None and self.cohorts is not None:
-            yield Complaint("cohorts", "is set and `domains` too; each is a log of its own: choose one")
+        given = [name for name in ("domains", "cohorts", "retrieval") if getattr(self, name) is not None]
+        for name in given:
+            yield from gather(name, getattr(self, name).check())
+        if len(given) > 1:
+            yield Complaint(given[1], f"is set and `{given[0]}` too; each is a data set of its own: choose one")
 
 
 @dataclass
@@ -148,6 +151,8 @@ def write(config: SyntheticConfig) -> None:
 def _write_splits(config: SyntheticConfig, folder: Path) -> dict[str, list[Truth]]:
     """Writes every split below `folder`; returns what is behind the rows of validation and test, if that is kept."""
     world = _world(config)
+    if isinstance(world, RetrievalWorld):
+        write_items(world, folder)
     truth: dict[str, list[Truth]] = {"validation": [], "test": []}
     first_row = 0
     for split, name in enumerate(SPLITS):
@@ -166,7 +171,10 @@ def _write_splits(config: SyntheticConfig, folder: Path) -> dict[str, list[Truth
     return truth
 
 
-def _world(config: SyntheticConfig) -> _World | DomainsWorld | CohortsWorld:
+def _world(config: SyntheticConfig) -> _World | DomainsWorld | CohortsWorld | RetrievalWorld:
+    if config.retrieval is not None:
+        sizes = (config.users, config.items, config.categories)
+        return RetrievalWorld(config.retrieval, *sizes, config.rows, config.seed)
     if config.domains is not None:
         return DomainsWorld(config.domains, config.users, config.items, config.categories, config.seed)
     if config.cohorts is not None:

@@ -15,6 +15,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from dist_rec.contract import TableSet
+from dist_rec.data.views import feature_of
 from dist_rec.embeddings.mlet import FactoredCollection
 from dist_rec.embeddings.tables import Table, output_names
 
@@ -98,7 +99,7 @@ class Regroup(nn.Module):
             owners = [next(t for t in tables if _serves(t, table_set, f)) for f in table_set.features]
             pairs = list(zip(owners, table_set.features, strict=True))
             self._sets[table_set.name] = [
-                _Source(names[t.name, f], _columns(t, table_set.name), t.name) for t, f in pairs
+                _Source(names[t.name, f], _columns(t, feature_of(table_set.name)), t.name) for t, f in pairs
             ]
             self._mean[table_set.name] = [f if t.pooling == "mean" else None for t, f in pairs]
 
@@ -130,7 +131,8 @@ class _Source(NamedTuple):
 
 
 def _serves(table: Table, table_set: TableSet, feature: str) -> bool:
-    return feature in table.features and any(b.table_set == table_set.name for b in table.blocks)
+    owner = feature_of(table_set.name)  # the sets of views are served by the tables of the set behind them
+    return feature in table.features and any(b.table_set == owner for b in table.blocks)
 
 
 def _columns(table: Table, table_set: str) -> slice | None:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from dist_rec.contract import TableSet
 from dist_rec.data.schema import Schema
+from dist_rec.data.views import Views, feature_of, view_key
 from dist_rec.settings import Complaint
 
 ShardingName = Literal[
@@ -124,7 +125,7 @@ class Table:
         blocks: the columns of each set that it serves, from the first column to the last.
         num_rows: n. dim: d, the width that is served, all blocks together.
         inner_dim: k, the width that is stored and trained, if the table has two layers; None if it has one.
-        features: the features it serves.
+        features: the keys it serves: features, and their views.
         mean_lengths: per feature, mean number of ids per row of a batch.
     """
 
@@ -156,22 +157,38 @@ class Table:
         return self.num_rows * self.width * BYTES_PER_VALUE
 
 
-def make_tables(table_sets: list[TableSet], schema: Schema, config: EmbeddingsConfig) -> list[Table]:
-    """The tables of all sets, in the order in which sets and their features ask for them first."""
+def view_sets(table_sets: list[TableSet], views: Views) -> list[TableSet]:
+    """What the views look up: per set and view with features of it, the set "<set>#<view>" of the views' keys."""
+    found = []
+    for view, shown in views.items():
+        for table_set in table_sets:
+            keys = tuple(view_key(f, view) for f in table_set.features if f in shown)
+            found += [TableSet(view_key(table_set.name, view), keys, table_set.dim)] if keys else []
+    return found
+
+
+def make_tables(
+    table_sets: list[TableSet], schema: Schema, config: EmbeddingsConfig, views: Views | None = None
+) -> list[Table]:
+    """The tables of all sets, in the order in which sets and their features ask for them first.
+
+    views: extra keys of the features, served by the same tables.
+    """
     requests: dict[tuple[str, ...], list[tuple[TableSet, str]]] = {}
     for table_set in table_sets:
-        for feature in table_set.features:
+        for name in (*table_set.features, *(k for s in view_sets([table_set], views or {}) for k in s.features)):
+            feature = feature_of(name)
             base = schema.sparse[feature].table or feature
             key = (base,) if config.layout == "wide" else (table_set.name, base)
-            requests.setdefault(key, []).append((table_set, feature))
+            requests.setdefault(key, []).append((table_set, name))
     return [_table(key[-1], asked, schema, config) for key, asked in requests.items()]
 
 
 def _table(base: str, asked: list[tuple[TableSet, str]], schema: Schema, config: EmbeddingsConfig) -> Table:
-    """asked: every (set, feature) that reads this table."""
+    """asked: every (set, feature or view of one) that reads this table."""
     table_sets = list(dict.fromkeys(s for s, _ in asked))
     features = tuple(dict.fromkeys(f for _, f in asked))
-    columns = [schema.sparse[f] for f in features]
+    columns = [schema.sparse[feature_of(f)] for f in features]
     own = f"{table_sets[0].name}_{base}"
     options = config.tables.get(own) or config.tables.get(base) or TableOptions()
     bound = options.init_bound if options.init_bound is not None else config.init_bound

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_rec.contract import EvaluationKind
 from dist_rec.data.schema import LabelColumn, Schema
 from dist_rec.metrics.binary import auc, calibration, grouped_auc, log_loss, normalized_entropy
+from dist_rec.metrics.retrieval import INTERVAL, RetrievalMetrics, is_retrieval
 from dist_rec.metrics.rows import Rows
-from dist_rec.settings import Complaint
+from dist_rec.settings import Complaint, gather
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class MetricsConfig:
     by: list[str] = field(default_factory=list)  # groups: every metric also for each of a group's values
     grouped_auc: list[str] = field(default_factory=list)  # groups, e.g. a user id: AUC within each, averaged
     window_rows: int = 100_000  # training reports are of about this many newest rows, all ranks together
+    retrieval: RetrievalMetrics = field(default_factory=RetrievalMetrics)  # of models that are judged by retrieval
     # Diagnostics, at every evaluation; set for `dist-rec evaluate` alone they cost training nothing.
     # Representations of the model that ought to differ, by name or pattern ("expert_*"): mean |correlation| of every
     # two of them, and their diversity (see `metrics/representations.py`)
@@ -53,12 +56,15 @@ class MetricsConfig:
             for name in getattr(self, key):
                 if name not in schema.groups:
                     yield Complaint(key, f"names '{name}', which is no group of the schema; known: {known}")
+        yield from gather("retrieval", self.retrieval.check(schema))
         if self.window_rows < 1:
             yield Complaint("window_rows", f"is {self.window_rows}; a metric needs at least one row")
 
 
-def names(schema: Schema, config: MetricsConfig) -> list[str]:
-    """The names of the metrics of all rows together, as `compute` gives them."""
+def names(schema: Schema, config: MetricsConfig, kind: EvaluationKind = "labels") -> list[str]:
+    """The names of the metrics of all rows together, as an evaluation of that kind gives them."""
+    if kind == "retrieval":
+        return config.retrieval.names()
     result = []
     for label, declared in schema.labels.items():
         prefix = f"{label}/" if len(schema.labels) > 1 else ""
@@ -71,8 +77,8 @@ def names(schema: Schema, config: MetricsConfig) -> list[str]:
 def direction(name: str) -> int:
     """1 if a higher value of a metric is better, -1 if a lower one is, 0 if neither (calibration: 1 is best)."""
     parts = name.split("/")
-    if "auc" in parts or "gauc" in parts:
-        return 1
+    if "auc" in parts or "gauc" in parts or is_retrieval(parts[0]):
+        return 0 if INTERVAL in parts else 1
     return 0 if "calibration" in parts else -1
 
 

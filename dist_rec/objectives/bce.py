@@ -35,6 +35,8 @@ class Config:
 
     def check(self, schema: Schema) -> Iterator[Complaint]:
         """Complaints about the settings, with keys relative to `objective`."""
+        if not schema.labels:
+            yield Complaint("name", "is 'bce', but schema.labels is empty; name at least one label column")
         for name, label in schema.labels.items():
             if label.kind != "binary":
                 text = f"is 'bce', a loss for labels 0 and 1, but label '{name}' has kind: {label.kind}"

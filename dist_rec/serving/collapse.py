@@ -8,7 +8,7 @@ table, k its inner width, d its served width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dist_rec.embeddings.stage import second_layer_of
 from dist_rec.serving.tensor_file import TensorFileWriter
+from dist_rec.settings import Complaint
 from dist_rec.training.checkpoint import CheckpointError
 from dist_rec.training.stored import StoredModel, StoredTensor
 
@@ -31,6 +32,18 @@ class ExportConfig:
 
     step: int | None = None  # which checkpoint; default: the best one if early stopping noted one, else the newest
     path: str | None = None  # the folder to write; default: <run.dir>/export
+    # of a model that is judged by retrieval: FAISS's description of the index over the items, such as HNSW32 or
+    # IVF1024,Flat; auto compares with all items up to 50,000 and uses an inverted file beyond; none writes no index
+    index: str = "auto"
+    probes: int = 32  # lists of an inverted file that a search reads
+    recall_at: int = 10  # K at which the index is compared with exact search
+    recall_queries: int = 1000  # rows of the first of validation, test and train that are searched for that
+
+    def check(self) -> Iterator[Complaint]:
+        """Complaints about the settings themselves."""
+        for name in ("probes", "recall_at", "recall_queries"):
+            if getattr(self, name) < 1:
+                yield Complaint(name, f"is {getattr(self, name)}; use at least 1")
 
 
 @dataclass(frozen=True)
@@ -62,14 +75,24 @@ class Collapsed:
     bytes_after: int
 
 
-def collapse(stored: StoredModel, served: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> Collapsed:
+def collapse(
+    stored: StoredModel,
+    served: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str],
+    others: Collection[str] = (),
+) -> Collapsed:
     """Writes the tensors `served` (only their shapes and types are looked at) from a checkpoint to a tensor file.
+
+    others: names of tensors that another part of the export serves.
 
     Raises:
         CheckpointError: a tensor is missing in the checkpoint, has another shape or type, or has no place in the model.
     """
     seconds = {name: stored.tensors.get(second_layer_of(name) or "") for name in served}
-    dropped = _check(stored.tensors, served, {s.name for s in seconds.values() if s is not None})
+    elsewhere = {*others, *(layer for name in others if (layer := second_layer_of(name)) is not None)}
+    known = {s.name for s in seconds.values() if s is not None} | elsewhere
+    dropped = _check(stored.tensors, served, known)
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in served.items()}
     tables = []
     with TensorFileWriter(path, specs, metadata) as writer:
@@ -85,8 +108,8 @@ def collapse(stored: StoredModel, served: Mapping[str, Tensor], path: Path, meta
     return Collapsed(tables, dropped, sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values()))
 
 
-def _check(stored: Mapping[str, StoredTensor], served: Mapping[str, Tensor], seconds: set[str]) -> list[str]:
-    """The names that are dropped."""
+def _check(stored: Mapping[str, StoredTensor], served: Mapping[str, Tensor], known: set[str]) -> list[str]:
+    """The names that are dropped. known: others that have their place."""
     problems = []
     for name, tensor in served.items():
         shape = _served_shape(stored, name)
@@ -96,7 +119,7 @@ def _check(stored: Mapping[str, StoredTensor], served: Mapping[str, Tensor], sec
             found = f"{list(shape)} {stored[name].dtype}"
             problems.append(f"{name} is {found}, the model has {list(tensor.shape)} {tensor.dtype}")
     dropped = [name for name in stored if name.startswith(DROPPED)]
-    for name in stored.keys() - served.keys() - seconds - set(dropped):
+    for name in stored.keys() - served.keys() - known - set(dropped):
         problems.append(f"{name} of the checkpoint has no place in the model")
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []

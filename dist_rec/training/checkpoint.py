@@ -253,7 +253,7 @@ class Checkpointer:
 
         Args:
             fresh: auxiliaries that stay as they were built, whatever the checkpoint has of them. Without an optimiser
-                these are all of them: what evaluates does not need them.
+                so does what the checkpoint lacks, or has in another shape, of any: an evaluation does not need it.
 
         Returns:
             Nothing without an optimiser, else what the ranks of the saving run passed as `own`, as far as it falls to
@@ -263,12 +263,16 @@ class Checkpointer:
         Raises:
             CheckpointError: the model differs, or the optimiser state of a table cannot follow a change of sharding.
         """
-        prefixes = (AUXILIARIES,) if optimizer is None else tuple(f"{AUXILIARIES}{name}." for name in fresh)
-        built = {n: value.detach().clone() for n, value in model.state_dict().items() if n.startswith(prefixes)}
+        own = {n: v for n, v in model.state_dict().items() if n.startswith(AUXILIARIES)}
+        names = [n for n in own if n.startswith(tuple(f"{AUXILIARIES}{name}." for name in fresh))]
+        if optimizer is None:
+            saved = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+            names += [n for n, v in own.items() if getattr(saved.get(f"model.{n}"), "size", None) != v.shape]
+        built = {n: own[n].detach().clone() for n in names}
         if optimizer is not None:
             optimizer.prepare_load()
         state = _state(model, optimizer)
-        wanted = {part: {n: v for n, v in of.items() if not n.startswith(prefixes)} for part, of in state.items()}
+        wanted = {part: {n: v for n, v in of.items() if n not in built} for part, of in state.items()}
         try:
             dcp.load(wanted, checkpoint_id=checkpoint.path, process_group=self._runtime.control)
         except CheckpointException as error:

@@ -24,7 +24,8 @@ Metrics = Mapping[str, float]
 
 _MEASURES = ("ne", "log_loss", "auc", "calibration", "mse", "gauc")  # the table's columns in their order
 _REPORTS, _WEIGHTS = "metrics.jsonl", "weights.jsonl"
-_HEADLINES = ("ne", "mse", "auc")  # what fits on a progress bar
+_HEADLINES = ("ne", "mse", "auc")  # what fits on a progress bar; without any of these, the loss terms
+_INTERVAL = "/ci"  # ends the name of a half-width of a confidence interval
 
 
 @dataclass
@@ -156,6 +157,7 @@ class Reporter:
         self._record({"step": step, "examples": examples, "split": "train", "metrics": metrics, **pace})
         self._to_tensorboard("train", step, {**metrics, **pace})
         headline = {k: v for k, v in metrics.items() if k.split("/")[-1] in _HEADLINES}
+        headline = headline or {k: v for k, v in metrics.items() if k.startswith("loss/")}
         summary = f"{_pace(pace)}  {_words(headline)}"
         self.advance(step)
         if self._live:
@@ -178,7 +180,7 @@ class Reporter:
         more = {"diagnostics": diagnostics} if diagnostics else {}
         self._record({"step": step, "examples": examples, "split": split, "metrics": metrics, **more})
         self._to_tensorboard(split, step, {**metrics, **(diagnostics or {})})
-        overall = {k: v for k, v in metrics.items() if not _place(k)[2]}
+        overall = {k: v for k, v in metrics.items() if not _place(k)[2] and not k.endswith(_INTERVAL)}
         overall |= {k: v for k, v in (diagnostics or {}).items() if "/" not in k}
         self.line(f"{split}  step {step}/{self._total}  {_words(overall)}")
 
@@ -249,17 +251,25 @@ def format_table(splits: Mapping[str, Metrics]) -> str:
         for key, value in metrics.items():
             label, column, group = _place(key)
             rows.setdefault((split, label, group), {})[column] = value
-    columns = sorted({c: None for row in rows.values() for c in row}, key=_column_rank)
+    names = {c: None for row in rows.values() for c in row if not c.endswith(_INTERVAL)}
+    columns = sorted(names, key=_column_rank)
     overall_first = sorted(rows, key=lambda place: bool(place[2]))
     lines = [["split", *columns]]
     for place in overall_first:
-        cells = [f"{rows[place][c]:.5f}" if c in rows[place] else "-" for c in columns]
+        cells = [_cell(rows[place], c) for c in columns]
         lines.append([" ".join(part for part in place if part), *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines
     )
+
+
+def _cell(row: Mapping[str, float], column: str) -> str:
+    if column not in row:
+        return "-"
+    half = row.get(column + _INTERVAL)
+    return f"{row[column]:.5f}" + (f" ±{half:.5f}" if half is not None else "")
 
 
 def _place(key: str) -> tuple[str, str, str]:

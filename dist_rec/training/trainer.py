@@ -23,7 +23,7 @@ from dist_rec.metrics.compute import MetricsConfig, compute, direction
 from dist_rec.metrics.rows import RowStore
 from dist_rec.settings import Complaint
 from dist_rec.training.checkpoint import Checkpoint, Checkpointer
-from dist_rec.training.evaluation import Diagnostics, Evaluation, evaluate
+from dist_rec.training.evaluation import Evaluation
 from dist_rec.training.optim import NonFiniteGradient, StepOptimizer
 from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime
@@ -158,8 +158,7 @@ class Trainer:
 
     Attributes:
         loader: the training batches, from the position the run resumes at.
-        validation: makes a fresh loader over the validation set, or None.
-        diagnostics: what an evaluation says besides the metrics.
+        validation: evaluates the model on the validation set, detached from the pipeline; None without one.
         started: `time.perf_counter()` when this process began its work.
         facts: JSON-able facts that every checkpoint carries (config, plan, versions).
     """
@@ -167,11 +166,10 @@ class Trainer:
     model: DistributedModelParallel
     optimizer: StepOptimizer
     loader: Loader
-    validation: Callable[[], Loader] | None
+    validation: Callable[[], Evaluation] | None
     schema: Schema
     config: TrainConfig
     metrics: MetricsConfig
-    diagnostics: Diagnostics
     reporter: Reporter
     weights: WeightRecorder
     checkpointer: Checkpointer
@@ -279,20 +277,15 @@ class Trainer:
             self.reporter.weights(step, self.measured().examples, self.weights.measure(step))
 
     def _validate(self) -> Evaluation:
+        assert self.validation is not None
         if self._evaluated is not None and self._evaluated[0] == self.progress.step:
             return self._evaluated[1]
         self.pipeline.detach()  # batches in flight stay in the pipeline and are trained on afterwards
-        result = self._evaluate()
+        result = self.validation()
         self._evaluated = (self.progress.step, result)
         p = self.measured()
         self.reporter.evaluation(p.step, p.examples, "validation", result.metrics, result.diagnostics)
         return result
-
-    def _evaluate(self) -> Evaluation:
-        assert self.validation is not None
-        return evaluate(
-            self.model, self.validation(), self.schema, self.metrics, self.runtime, diagnostics=self.diagnostics
-        )
 
     def _judge(self, result: Evaluation) -> bool:
         """Whether this is the best evaluation so far by the rule of early stopping."""
@@ -321,7 +314,7 @@ class Trainer:
         if self.validation is not None and best is not None and best != self.progress.step:
             log.info("restoring the best weights, of step %d", best)
             self.checkpointer.load(self.checkpointer.at(best), self.model, None)
-            result = self._evaluate()
+            result = self.validation()
         return result
 
     def measured(self) -> Progress:

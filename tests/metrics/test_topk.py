@@ -1,0 +1,42 @@
+"""Exact search against sorting everything, for any block size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_rec.metrics.topk import exact_topk
+
+Q, N, D = 9, 301, 6
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+@pytest.mark.parametrize("k", [1, 10, 400])
+@pytest.mark.parametrize("excludes", [False, True])
+def test_equals_a_full_sort(block, k, excludes):
+    g = torch.Generator().manual_seed(block + k)
+    queries, vectors = torch.randn(Q, D, generator=g), torch.randn(N, D, generator=g)
+    scores, excluded = queries @ vectors.T, None
+    if excludes:
+        best = scores.topk(3, dim=1).indices  # the best are the ones that would be missed
+        pairs = torch.stack([torch.arange(Q).repeat_interleave(3), best.flatten()])
+        pairs = pairs[:, pairs[1].argsort()]
+        scores[pairs[0], pairs[1]] = -torch.inf
+        excluded = pairs[0], pairs[1]
+    found = exact_topk(queries, vectors, k, block=block, excluded=excluded)
+    expected, order = scores.sort(dim=1, descending=True)
+    some = min(k, N - 3 if excludes else N)
+    torch.testing.assert_close(found.scores[:, :some], expected[:, :some])
+    assert torch.equal(found.rows[:, :some], order[:, :some])
+    assert (found.rows[:, some:] == -1).all()
+    assert (found.scores[:, some:] == -torch.inf).all()
+
+
+def test_no_vectors_and_no_queries():
+    assert (exact_topk(torch.randn(2, D), torch.randn(0, D), 3).rows == -1).all()
+    assert exact_topk(torch.randn(0, D), torch.randn(5, D), 3).rows.shape == (0, 3)
+
+
+def test_equal_scores_fill_the_list_with_different_rows():
+    found = exact_topk(torch.ones(3, D), torch.ones(N, D), 50, block=16)
+    assert all(len(set(rows.tolist())) == 50 for rows in found.rows)
