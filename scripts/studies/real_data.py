@@ -104,8 +104,13 @@ def prepare(name: str, data: Path, folder: Path) -> list[Path]:
     """
     config = load(str(card(name, MODELS[0])))
     rows = pq.read_table(data / SETS[name].file, columns=config.schema.columns())
+    return write_parts(rows, SETS[name].split, folder, config)
+
+
+def write_parts(rows: pa.Table, split_kind: str, folder: Path, config: RunConfig) -> list[Path]:
+    """Writes the splits of `rows`, which come in the file's order, with ids unseen in training as 0; as `prepare`."""
     parts = []
-    for part, split in splits(SETS[name].split, len(rows)):
+    for part, split in splits(split_kind, len(rows)):
         parts.append(folder / part)
         parts[-1].mkdir(parents=True, exist_ok=True)
         train = rows.take(split[0])

@@ -19,7 +19,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,13 @@ class Outcome:
     Attributes:
         columns: of the predictions, rows in file order: logit_<label>, label_<label>, weight, and the schema's groups.
         metrics: of the split. result: what result.json of the training holds.
+        diagnostics: of tables and representations, those that the card asks for.
     """
 
     columns: dict[str, np.ndarray]
     metrics: dict[str, float]
     result: dict[str, Any]
+    diagnostics: dict[str, float] = field(default_factory=dict)
 
 
 def outcomes(trials: Sequence[Trial], work: Path, processes: int = 1) -> Iterator[Outcome]:
@@ -119,11 +121,12 @@ def _train(trial: Trial, run: Path) -> None:
 
 def _read(folder: Path) -> Outcome:
     rows = pq.read_table(folder / "predictions.parquet")
-    evaluation = next(folder.glob("evaluation-*.json"))
+    evaluation = json.loads(next(folder.glob("evaluation-*.json")).read_text())
     return Outcome(
         {name: rows[name].to_numpy() for name in rows.column_names},
-        json.loads(evaluation.read_text())["metrics"],
+        evaluation["metrics"],
         json.loads((folder / "result.json").read_text()),
+        evaluation.get("diagnostics", {}),
     )
 
 
