@@ -112,12 +112,11 @@ AUXILIARIES: dict[str, dict[str, Any]] = {
 
 
 # those judged by retrieval export their towers apart: test_export_retrieval.py
-LABELLED = [
-    m for m in choice("models").names() if getattr(choice("models").load(m), "evaluation", "labels") == "labels"
-]
+ARCHS = choice("models")
+LABELLED = [name for name in ARCHS.names() if getattr(ARCHS.load(name), "evaluation", "labels") == "labels"]
 
 
-@pytest.mark.parametrize("model", MODELS_OF_LABELS)
+@pytest.mark.parametrize("model", LABELLED)
 def test_every_arch_is_exported_and_served(data, tmp_path, capsys, model):
     """Those that read a group too; their auxiliaries are dropped, with what they had learnt."""
     run = _run(data, tmp_path / "run", "row_wise", embeddings={"inner_dim": 16}, auxiliary=AUXILIARIES.get(model, {}),
