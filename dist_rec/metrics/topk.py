@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_CANDIDATES = 0.125  # share of a block above the K-th best so far; below it, selecting first is faster
+_CANDIDATES = 0.125  # share of a block above the K-th best so far; beyond it, selecting within the block is faster
 
 
 class TopK(NamedTuple):
@@ -20,6 +21,7 @@ class TopK(NamedTuple):
     rows: Tensor
 
 
+@torch.no_grad()
 def exact_topk(
     queries: Tensor, vectors: Tensor, k: int, *, block: int = 8192, excluded: tuple[Tensor, Tensor] | None = None
 ) -> TopK:
@@ -29,10 +31,11 @@ def exact_topk(
         queries: (Q, D) float32. vectors: (N, D) float32.
         excluded: (m,) queries and (m,) rows of `vectors` that may not be found together, ascending by row.
     """
-    count = len(queries)
-    best = nothing(count, k, queries.device)
+    best = nothing(len(queries), k, queries.device)
+    room = queries.new_empty(len(queries) * min(block, len(vectors)))  # fresh memory for every block costs page faults
     for start in range(0, len(vectors), block):
-        scores = queries @ vectors[start : start + block].T
+        part = vectors[start : start + block]
+        scores = torch.mm(queries, part.T, out=room[: len(queries) * len(part)].view(len(queries), len(part)))
         if excluded is not None:
             low, high = torch.searchsorted(excluded[1], torch.tensor([start, start + block], device=scores.device))
             scores[excluded[0][low:high], excluded[1][low:high] - start] = -torch.inf
@@ -56,17 +59,21 @@ def merged(one: TopK, other: TopK, k: int) -> TopK:
 
 def _candidates(scores: Tensor, least: Tensor, k: int, start: int) -> TopK | None:
     """Of a block, at least all that can still be among the K best; None if there is nothing."""
-    above = scores > least
-    width = int(above.sum(dim=1).max()) if above.numel() else 0
-    if width == 0:
-        return None
-    if width > _CANDIDATES * scores.shape[1]:
-        values, columns = scores.topk(min(k, scores.shape[1]), dim=1)
-        return TopK(values, columns + start)
-    query, column = above.nonzero(as_tuple=True)
-    counts = above.sum(dim=1)
-    place = torch.arange(len(query), device=scores.device) - (counts.cumsum(0) - counts)[query]
-    found = nothing(len(scores), width, scores.device)
-    found.scores[query, place] = scores[query, column]
-    found.rows[query, place] = column + start
-    return found
+    columns = scores.shape[1]
+    # before the first block everything is above nothing; a GPU selects as fast as it compares
+    if start and scores.device.type == "cpu":
+        # numpy finds what is true ten times faster than torch, and torch's sums of bools are slower than a product
+        place = np.flatnonzero((scores > least).numpy())
+        query, column = np.divmod(place, columns)
+        counts = np.bincount(query, minlength=len(scores))
+        width = int(counts.max(initial=0))
+        if width == 0:
+            return None
+        if width <= _CANDIDATES * columns:
+            at = np.arange(len(place)) - (np.cumsum(counts) - counts)[query]
+            found = nothing(len(scores), width, scores.device)
+            found.scores.numpy()[query, at] = scores.numpy().reshape(-1)[place]
+            found.rows.numpy()[query, at] = column + start
+            return found
+    values, rows = scores.topk(min(k, columns), dim=1)
+    return TopK(values, rows + start)

@@ -40,3 +40,13 @@ def test_no_vectors_and_no_queries():
 def test_equal_scores_fill_the_list_with_different_rows():
     found = exact_topk(torch.ones(3, D), torch.ones(N, D), 50, block=16)
     assert all(len(set(rows.tolist())) == 50 for rows in found.rows)
+
+
+def test_a_first_block_without_anything_allowed_and_vectors_that_get_better_and_better():
+    vectors = torch.arange(1.0, N + 1)[:, None].expand(N, D).contiguous()
+    queries = torch.ones(2, D)
+    pairs = (torch.zeros(64, dtype=torch.int64), torch.arange(64))  # query 0 alone
+    found = exact_topk(queries, vectors[:80], 20, block=64, excluded=pairs)
+    assert found.rows[0].tolist() == [*range(79, 63, -1), -1, -1, -1, -1]
+    assert found.rows[1].tolist() == list(range(79, 59, -1))
+    assert exact_topk(queries, vectors, 20, block=64).rows[0].tolist() == list(range(300, 280, -1))
