@@ -61,7 +61,8 @@ class _SoftmaxLoss(torch.autograd.Function):
         for here, logits in _blocks(*saved, temperature, max_logits):
             norms[here] = logits.logsumexp(dim=1)
             losses[here] = norms[here] - logits.gather(1, positive[here, None]).squeeze(1)
-        ctx.save_for_backward(*saved, norms)
+        # of a row that no column counts for, all logits are -inf: their shares are 0, not nan
+        ctx.save_for_backward(*saved, norms.masked_fill(norms.isneginf(), 0))
         return losses
 
     @staticmethod

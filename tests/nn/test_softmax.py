@@ -46,6 +46,13 @@ def test_losses_and_gradients_are_those_of_cross_entropy_however_it_is_blocked(m
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
+def test_a_row_for_which_no_column_counts_gives_no_gradient_when_its_loss_is_left_out():
+    rows, columns, positive, *_ = _inputs()
+    found = softmax_loss(rows, columns, positive, temperature=0.3, bias=torch.full((C,), -torch.inf))
+    found.masked_fill(torch.ones(B, dtype=torch.bool), 0).sum().backward()
+    assert rows.grad is not None and not rows.grad.any() and not columns.grad.any()
+
+
 def test_the_gradient_in_double_precision():
     rows, columns, positive, row_ids, column_ids, bias = _inputs(torch.float64)
     assert torch.autograd.gradcheck(
