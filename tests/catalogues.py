@@ -16,6 +16,13 @@ USERS, ITEMS, TAGS, BRANDS = 61, 97, 43, 11
 
 ABSENT = (3, 50)
 
+CORRELATION = {
+    "id": {"tags": 2.0, "brand": 3.0},
+    "tags": {"id": 2.0, "brand": 0.1},
+    "brand": {"id": 3.0, "tags": 0.1},
+}
+"""For correlated masking: a matrix in the form of `dist-rec correlation`."""
+
 
 def items(seed: int = 7) -> pa.Table:
     """One row per item, in no order: single- and multi-valued features and a number, with an item without tags."""

@@ -22,7 +22,7 @@ from dist_rec.training.checkpoint import find
 from dist_rec.training.evaluation import forward, predict
 from dist_rec.training.stored import StoredModel
 from tests import catalogues
-from tests.methods.test_ssl import CORRELATION
+from tests.catalogues import CORRELATION
 from tests.ranks import run_ranks
 from tests.runs import merged, train_all
 from tests.sharded import runtime

@@ -34,9 +34,10 @@ from dist_rec.settings import parse
 from dist_rec.training import evaluation
 from dist_rec.training.checkpoint import Checkpoint, find
 from dist_rec.training.trainer import GuardedPipeline
+from scripts.bench.traffic import calls
 from tests import catalogues
+from tests.catalogues import CORRELATION
 from tests.examples import share
-from tests.methods.test_ssl import CORRELATION
 from tests.ranks import run_ranks
 from tests.runs import merged, reports, train_all
 from tests.sharded import runtime, whole
@@ -49,7 +50,7 @@ MLET = {"embeddings": {"inner_dim": 12, "factor_above": 2.0}}
 MIXED = {"user": "row_wise", "items": "table_row_wise", "tags": "data_parallel", "brands": "table_wise"}
 SHARDED = {"embeddings": {"tables": {table: {"sharding": kind} for table, kind in MIXED.items()}, "pooling": "mean"}}
 CASES: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "plain": SHARDED,
     "log_q": {"objective": {"log_q": True, "half_life": 3.0, "max_logits": 50}},
     "ssl": merged(SSL, SHARDED),
     "separate": merged(SSL, {"model": {"tables": "separate", "similarity": "dot"}}),
@@ -109,20 +110,22 @@ def _unsharded(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor],
 
 
 def _sharded(rank: int, world_size: int, configs: list[RunConfig]) -> list[tuple]:
-    """Per config: losses of all ranks together, initial and final state."""
+    """Per config: losses of all ranks together, initial and final state; how often ids were sent to the shards."""
     results = []
     for config in configs:
         parts = distribute(config, runtime(rank, world_size))
         before = whole(parts.model.state_dict())
         pipeline = GuardedPipeline(parts.model, parts.optimizer, runtime(rank, world_size))
         batches, losses = iter(_batches(config, rank, world_size)), []
-        for _ in range(STEPS):
-            loss = torch.stack(list(pipeline.progress(batches).losses.values())).sum()
-            dist.all_reduce(loss)
-            losses.append(loss.item() / world_size)
+        with calls() as made:
+            for _ in range(STEPS):
+                loss = torch.stack(list(pipeline.progress(batches).losses.values())).sum()
+                dist.all_reduce(loss)
+                losses.append(loss.item() / world_size)
         inside, every = pipeline.pipelined()
         assert inside == every and inside
-        results.append((losses, before, whole(parts.model.state_dict())))
+        sent = sum(call.name == "all_to_all_single" and not call.is_float for call in made)
+        results.append((losses, before, whole(parts.model.state_dict()), sent))
     return results
 
 
@@ -130,7 +133,9 @@ def _sharded(rank: int, world_size: int, configs: list[RunConfig]) -> list[tuple
 def test_losses_and_updates_equal_unsharded_torch(data, tmp_path, world_size):
     configs = [_config(data, tmp_path, settings) for settings in CASES.values()]
     results = run_ranks(_sharded, world_size, configs)[0]
-    for name, config, (losses, before, after) in zip(CASES, configs, results, strict=True):
+    sent = dict(zip(CASES, (result[-1] for result in results), strict=True))
+    assert sent["ssl"] == sent["plain"] >= (STEPS if world_size > 1 else 0), "the views are looked up apart"
+    for name, config, (losses, before, after, _) in zip(CASES, configs, results, strict=True):
         expected_losses, expected_before, expected_after = _unsharded(config)
         assert losses == pytest.approx(expected_losses, abs=2e-6), name
         assert set(expected_before) <= set(before)
