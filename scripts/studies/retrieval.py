@@ -251,7 +251,7 @@ def report(
 ) -> Iterator[str]:
     """The tables of one case as Markdown. rows: of the test split, all and by slice; found: arm -> scores."""
     seeds = max(len(s) for s in found.values())
-    yield f"\n## {case.set}, {case.model}, {case.share:.0%} of the training rows: seeds: {seeds}\n"
+    yield f"\n## {case.set}, {case.model}, {case.share:.0%} of the training rows; seeds: {seeds}\n"
     chosen = [f"{arm} alpha {s.alpha:g}" + ("" if s.dropout is None else f", dropout {s.dropout:g}")
               for arm, s in settings.items()]  # fmt: skip
     yield f"on validation: {'; '.join(chosen) or 'nothing was chosen'}"
