@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,8 +80,8 @@ class CohortsConfig:
             yield Complaint("axes", "cannot be found: the run's schema has no groups; declare schema.groups and train")
         if self.bins < 2:
             yield Complaint("bins", f"is {self.bins}; a distribution needs at least 2")
-        if not self.low < self.high:
-            yield Complaint("low", f"is {self.low}, which is not below high ({self.high})")
+        if not -math.inf < self.low < self.high < math.inf:
+            yield Complaint("low", f"is {self.low} and high is {self.high}; bins need two finite ends, low below high")
         if not 0 <= self.min_mass < 0.5:
             yield Complaint("min_mass", f"is {self.min_mass}; two cohorts must each have it: use 0 to 0.5")
         for name in ("min_positives", "max_values"):

@@ -168,6 +168,8 @@ def test_bad_settings_are_named_together(tmp_path: Path) -> None:
     assert complaint(label=None) == ("label", "is needed where the schema has several labels: choose one of click, buy")
     assert "count 'click'" in complaint(cohort={"label": "click"})[1]
     assert complaint(cohort={"tail_rate": 0.0})[0] == "tail_rate"
+    off = {**vars(good), "cohorts": Cohorts(**{**COHORTS, "tail_rate": 0.0}), "lambda_tail": 0.0}
+    assert list(Config(**off).check(SCHEMA)) == [], "a head that is off needs no rate"
     assert complaint(cohort={"axes": ["age"], "edges": {"age": None}, "head": {"age": 1}, "tail": {"age": 0}})[0] == (
         "cohorts.axes"
     )
