@@ -51,6 +51,8 @@ output=FILE.json         instead of RUN/cohorts.json; the picture is written bes
 run.device=cpu           keys with a dot override the run's config
 
 On several ranks:  torchrun --nproc-per-node 2 -m dist_rec.cohorts RUN DATA [key=value ...]
+On a cluster:      torchx run -s slurm launch/components.py:cohorts --run RUN --data DATA --ranks 8 --gpu 8 \\
+                       -- [key=value ...]
 """
 
 _SPLIT = "test"  # stands for DATA
