@@ -167,8 +167,8 @@ def add_activity(part: Path) -> None:
     first = 0
     for split, table in tables.items():
         ids = table[ACTIVITY_OF].to_numpy()
-        # 0 stands for every id that is missing, or unseen in train
-        activity = np.where(ids == 0, 0, counts[np.minimum(ids, len(counts) - 1)] - (split == "train"))
+        # 0 stands for every id that is missing, or unseen in train: no other id lies beyond the counts
+        activity = np.where(ids == 0, 0, counts[ids] - (split == "train"))
         table = table.append_column("activity", pa.array(activity))
         table = table.append_column("row", pa.array(np.arange(first, first + len(table))))
         first += len(table)
