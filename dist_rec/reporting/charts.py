@@ -93,7 +93,7 @@ def line_chart(
             parts.append(path(drawn, fill="none", stroke=colour, stroke_width=1.8, stroke_dasharray=dash(i)))
         if 0 < len(drawn) <= 30:
             parts += [_dot(x, y, colour, f"{one.name}: {number(v)}") for (x, y), (_, v) in zip(drawn, ps, strict=True)]
-    keys = [Key(one.name, COLOURS[i % len(COLOURS)], dash(i)) for i, one in enumerate(lines)]
+    keys = [Key(one.name, COLOURS[i % len(COLOURS)], dash(i)) for i, one in enumerate(lines) if points[i]]
     return _with_legend(parts, [] if small else keys, title, frame)
 
 
