@@ -115,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--overrides", nargs="+", metavar="key=value", default=[], help="settings of every training")
     args = parser.parse_args(arguments)
     work = args.work.absolute()
-    for name in args.cases:
-        parts = prepare(name, args.data, work)[: args.folds]
+    prepared = {name: prepare(name, args.data, work)[: args.folds] for name in args.cases}
+    for name, parts in prepared.items():
         for model in args.models:
             case = CASES[name]._replace(overrides=(*CASES[name].overrides, *args.overrides))
             found = discover(case, model, parts[0], work / "discovery" / f"{name}-{model}")

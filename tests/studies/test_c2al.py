@@ -28,6 +28,11 @@ def test_activity_counts_the_other_training_rows_of_an_id(tmp_path: Path) -> Non
     assert pa.concat_tables(tables)["row"].to_pylist() == list(range(11))
 
 
+def test_missing_data_are_named_before_anything_trains(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"ratings.parquet does not exist; give the folder .* with --data"):
+        c2al.main(["--data", str(tmp_path), "--work", str(tmp_path / "work"), "--cases", "ml100k-age"])
+
+
 def test_an_arm_for_every_lambda_and_baseline() -> None:
     names = [(arm.name, arm.factor) for arm in ARMS]
     assert names == [
