@@ -9,8 +9,8 @@ and without `embeddings.inner_dim: k` and prints Markdown tables. A trial is kep
 criteo1tb_80k: five folds as in `real_data.py`, whose predictions are pooled; a seed is one pass over all five. lowrank:
 a synthetic set, see `write_lowrank`, where categories share planted directions; a seed draws the model, not the data.
 
-The learning rate of the tables is chosen alike for plain and two-layer tables: per set, model and k, at d = TUNED_DIM,
-the best NE of LEARNING_RATES on validation rows with a seed that the tables do not use.
+The learning rate of the tables is chosen alike for plain and two-layer tables: per set, model and k, at d = TUNED_DIM
+(or k, if that is less), the best NE of LEARNING_RATES on validation rows with a seed that the tables do not use.
 
 Tables: AUC and NE with 95 % intervals over seeds; differences to plain d, paired by seed; log loss by how often the
 rarest id of a row was seen in training; and for every d the smallest width at which MLET is no worse than plain d.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dist_rec.config import load
+from dist_rec.embeddings.tables import make_tables
 from dist_rec.metrics.binary import auc, log_loss, normalized_entropy
 from scripts.studies import real_data
 from scripts.studies.trials import SPLITS, Outcome, Trial, interval, outcomes
@@ -81,16 +83,18 @@ def tune(
     name: str, model: str, inner: Sequence[int], parts: list[Path], work: Path, processes: int
 ) -> dict[int, float]:
     """k -> the learning rate of the tables with the least validation NE, mean over the folds."""
-    places = [(k, rate, part) for k in (PLAIN, *inner) for rate in LEARNING_RATES for part in parts]
-    trials = [
-        _trial(Arm(name, model, TUNED_DIM, k), rate, TUNING_SEED, part, split="validation")
-        for k, rate, part in places
-        if k in (PLAIN, *(w for w in inner if w >= TUNED_DIM))
-    ]
+    places = list(product((PLAIN, *inner), LEARNING_RATES, parts))
+    trials = [tuning_trial(name, model, k, rate, part) for k, rate, part in places]
     found: dict[tuple[int, float], list[float]] = {}
     for (k, rate, _), outcome in zip(places, outcomes(trials, work, processes), strict=True):
         found.setdefault((k, rate), []).append(outcome.metrics["ne"])
     return {k: min(LEARNING_RATES, key=lambda rate: float(np.mean(found[k, rate]))) for k in (PLAIN, *inner)}
+
+
+def tuning_trial(name: str, model: str, k: int, rate: float, part: Path) -> Trial:
+    """By which a learning rate is judged for an inner width."""
+    d = TUNED_DIM if k == PLAIN else min(TUNED_DIM, k)
+    return _trial(Arm(name, model, d, k), rate, TUNING_SEED, part, split="validation")
 
 
 def grid(
@@ -131,11 +135,14 @@ def rarest(part: Path, features: Sequence[str]) -> np.ndarray:
 
 def _trial(arm: Arm, rate: float, seed: int, part: Path, split: str = "test") -> Trial:
     card = real_data.card(arm.set, arm.model)
-    batch = real_data.RANKS * load(str(card)).data.batch_size  # the cards are for 2 ranks, a trial has one
+    config = load(str(card))
+    batch = real_data.RANKS * config.data.batch_size  # the cards are for 2 ranks, a trial has one
     overrides = [f"model.dim={arm.d}", f"optim.tables.lr={rate}", f"run.seed={seed}", f"data.batch_size={batch}"]
     overrides += [f"embeddings.inner_dim={arm.k}"] if arm.k != PLAIN else []
     # fused kernels need widths that are multiples of 4; data-parallel tables train alike, only slower
-    overrides += ["embeddings.sharding=data_parallel"] if (arm.k or arm.d) % 4 else []
+    sets = replace(config.model, dim=arm.d).table_sets(config.schema)
+    tables = make_tables(sets, config.schema, replace(config.embeddings, inner_dim=arm.k or None))
+    overrides += [f"embeddings.tables.{t.name}.sharding=data_parallel" for t in tables if t.width % 4]
     return Trial(card, tuple(overrides), part, split)
 
 
