@@ -29,7 +29,8 @@ _OF_TRAINING = (
     "optim.dense.name",
 )
 # what a bad value does, the planner's estimates, and where a table lies may change; so may what metrics group by
-_FREE = {"on_null", "out_of_range", "fill", "max_length", "mean_length", "sharding", "kernel", "init_bound"}
+_FREE = {"on_null", "out_of_range", "on_missing", "fill", "max_length", "mean_length"}
+_FREE |= {"sharding", "kernel", "init_bound"}
 _FREE |= {"path"}  # where something was read from; what was read is compared
 
 
