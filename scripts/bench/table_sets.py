@@ -56,9 +56,12 @@ def compare(separate: RunConfig, wide: RunConfig, runtime: Runtime, arguments: a
     batches = [random_batch(separate, runtime.rank * MEMORY + i) for i in range(MEMORY)]
     arms, one_step = {}, {}
     for name, config in (("tables", separate), ("wide", wide), ("collections", separate)):
-        make = _collections if name == "collections" else recommender.distribute
-        parts = make(config, runtime)
-        arms[name] = training(parts.model, parts.optimizer.combined, batches, arguments.steps, runtime)
+        if name == "collections":
+            model, optimizer = _collections(config, runtime)
+        else:
+            parts = recommender.distribute(config, runtime)
+            model, optimizer = parts.model, parts.optimizer
+        arms[name] = training(model, optimizer.combined, batches, arguments.steps, runtime)
         one_step[name] = exchanged(arms[name])
     seconds = alternate(arms, runtime, arguments.rounds)
     examples = arguments.steps * arguments.batch * runtime.world_size * arguments.rounds
@@ -87,8 +90,8 @@ class _Stages(nn.Module):
         return {name: stage(sparse)[name] for name, stage in zip(self.names, self.stages, strict=True)}
 
 
-def _collections(config: RunConfig, runtime: Runtime) -> recommender.Distributed:
-    """`recommender.distribute`, with a collection of its own for each table set."""
+def _collections(config: RunConfig, runtime: Runtime) -> tuple[nn.Module, StepOptimizer]:
+    """As `recommender.distribute` makes them, with a collection of its own for each table set."""
     model, tables = recommender.build(config)
     sets = config.model.table_sets(config.schema)
     stages = [
@@ -97,6 +100,7 @@ def _collections(config: RunConfig, runtime: Runtime) -> recommender.Distributed
             [s],
             is_weighted=False,
             project=config.embeddings.project,
+            train_projection=config.embeddings.train_projection,
             device=torch.device("meta"),
         )
         for s in sets
@@ -116,7 +120,7 @@ def _collections(config: RunConfig, runtime: Runtime) -> recommender.Distributed
     sharded = sharding.shard(
         model, plan, runtime.device, runtime.group, tables=tables, seed=config.run.seed, threads=runtime.cores
     )
-    return recommender.Distributed(sharded, StepOptimizer(sharded, config.optim), tables, plan)
+    return sharded, StepOptimizer(sharded, config.optim)
 
 
 def _mapping(arguments: argparse.Namespace, sets: int, layout: str) -> dict[str, Any]:

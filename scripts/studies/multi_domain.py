@@ -11,8 +11,8 @@ do not hold for other test rows.
 
 yelp_hin: cities as domains, split at random; ml100k_genres: kinds of films, split in time (`genre_domains`); both as in
 `real_data.py`, and neither a log of clicks. On yelp_hin, AUC by user leaves out users that were not seen in training,
-who all have id 0 there. synthetic_domains: five domains, 13:1, with planted shared and own interests, and the scores of
-the planted log-odds themselves, which no model beats but by luck.
+who all have id 0 there. synthetic_domains: five domains, 13:1, with planted shared and own interests, 1,000,000 test
+rows, and the scores of the planted log-odds themselves, which no model beats but by luck.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ NAMES = ("yelp_hin", "ml100k_genres", "synthetic_domains")
 METRICS = ("AUC", "AUC by user", "NE")
 GENRES = 7  # the most frequent ones are domains, all others together are one more
 ALPHAS = (0.008, 0.8, 8.0)  # beside the card's
+TEST_ROWS, VALIDATION_ROWS = 1_000_000, 100_000  # of synthetic_domains: one row in 64 is of the smallest domain
 Scores = np.ndarray
 """(1 + domains, METRICS): all rows, then each domain."""
 
@@ -141,11 +142,13 @@ def prepare(name: str, config: RunConfig, data: Path, folder: Path) -> Path:
     if name == "synthetic_domains":
         assert config.data.synthetic is not None
         settings = config.data.synthetic
-        settings.path = str(folder / "written")
+        settings.path, settings.eval_rows = str(folder / "written"), TEST_ROWS
         synthetic.write(settings)
         part.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
             rows = pq.read_table(folder / "written" / split)
+            if split == "validation":
+                rows = rows.slice(0, VALIDATION_ROWS)
             pq.write_table(rows, part / f"{split}.parquet", row_group_size=ROW_GROUP_ROWS)
         return part
     file = data / SETS[name.removesuffix("_genres")].file

@@ -27,6 +27,8 @@ import mpmath
 import numpy as np
 import pyarrow.parquet as pq
 
+from dist_rec.config import read
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -46,9 +48,13 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """A name for the outcome: it changes with the card's text, the overrides and the data's sizes and times."""
+        """A name for the outcome: it changes with the settings, whatever file they come from, and the data's files.
+
+        Not with comments, so that a card can tell what a study found without the study beginning anew.
+        """
         files = [(self.part / f"{split}.parquet").stat() for split in SPLITS]
-        facts = [self.card.read_text(), *self.overrides, str(self.part), self.split]
+        settings = json.dumps(read(str(self.card), self.overrides), sort_keys=True)
+        facts = [settings, str(self.part), self.split]
         facts += [f"{file.st_size} {file.st_mtime_ns}" for file in files]
         return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
 

@@ -45,7 +45,12 @@ def test_a_trial_is_named_after_all_that_goes_into_it(trial: Trial) -> None:
     others = [Trial(trial.card, (*trial.overrides, "run.seed=1"), trial.part)]
     others += [Trial(trial.card, trial.overrides, trial.part, split="validation")]
     names = {t.name for t in [trial, *others]}
-    trial.card.write_text(trial.card.read_text() + "# changed\n")
+    trial.card.write_text(trial.card.read_text() + "# a remark\n")
+    assert trial.name in names
+    base = trial.card.rename(trial.card.with_name("base.yaml"))
+    trial.card.write_text("base: base.yaml\n")
+    assert trial.name in names
+    base.write_text(base.read_text().replace("dim: 8", "dim: 12"))
     names.add(trial.name)
     pq.write_table(table(201, 1), trial.part / "train.parquet")
     names.add(trial.name)
