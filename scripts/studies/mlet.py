@@ -10,7 +10,9 @@ criteo1tb_80k: five folds as in `real_data.py`, whose predictions are pooled; a 
 a synthetic set, see `write_lowrank`, where categories share planted directions; a seed draws the model, not the data.
 
 The learning rate of the tables is chosen alike for plain and two-layer tables: per set, model and k, at d = TUNED_DIM
-(or k, if that is less), the best NE of LEARNING_RATES on validation rows with a seed that the tables do not use.
+(or k, if that is less), the best NE on validation rows with a seed that the tables do not use. Where the least or the
+largest of LEARNING_RATES is the best, half or twice that is tried next, within RATE_LIMITS: an arm whose best rate lies
+outside of what was tried would be at a disadvantage.
 
 Tables: AUC and NE with 95 % intervals over seeds; differences to plain d, paired by seed; log loss by how often the
 rarest id of a row was seen in training; and for every d the smallest width at which MLET is no worse than plain d.
@@ -35,7 +37,7 @@ from dist_rec.metrics.binary import auc, log_loss, normalized_entropy
 from scripts.studies import real_data
 from scripts.studies.trials import SPLITS, Outcome, Trial, interval, outcomes
 
-LEARNING_RATES = (0.02, 0.05, 0.1, 0.2)
+LEARNING_RATES, RATE_LIMITS = (0.02, 0.05, 0.1, 0.2), (0.001, 5.0)
 TUNED_DIM, TUNING_SEED = 8, 1000
 PLAIN = 0  # the inner width that stands for a single layer
 RARITY = (1, 3, 11, 101)  # slices of rows by the training count of their rarest id: 1-2, 3-10, 11-100, more
@@ -83,12 +85,24 @@ def tune(
     name: str, model: str, inner: Sequence[int], parts: list[Path], work: Path, processes: int
 ) -> dict[int, float]:
     """k -> the learning rate of the tables with the least validation NE, mean over the folds."""
-    places = list(product((PLAIN, *inner), LEARNING_RATES, parts))
-    trials = [tuning_trial(name, model, k, rate, part) for k, rate, part in places]
-    found: dict[tuple[int, float], list[float]] = {}
-    for (k, rate, _), outcome in zip(places, outcomes(trials, work, processes), strict=True):
-        found.setdefault((k, rate), []).append(outcome.metrics["ne"])
-    return {k: min(LEARNING_RATES, key=lambda rate: float(np.mean(found[k, rate]))) for k in (PLAIN, *inner)}
+    tried: dict[int, dict[float, float]] = {k: {} for k in (PLAIN, *inner)}
+    wanted: dict[int, Sequence[float]] = dict.fromkeys(tried, LEARNING_RATES)
+    while places := [(k, rate) for k, rates in wanted.items() for rate in rates]:
+        trials = [tuning_trial(name, model, k, rate, part) for k, rate in places for part in parts]
+        found = [outcome.metrics["ne"] for outcome in outcomes(trials, work, processes)]
+        means = np.reshape(found, (len(places), len(parts))).mean(axis=1)
+        for (k, rate), ne in zip(places, means, strict=True):
+            tried[k][rate] = float(ne)
+        wanted = {k: beyond(by_rate) for k, by_rate in tried.items()}
+    return {k: min(by_rate, key=by_rate.__getitem__) for k, by_rate in tried.items()}
+
+
+def beyond(tried: dict[float, float]) -> tuple[float, ...]:
+    """The next rate to try, if the best of those tried (rate -> NE) is the least or the largest of them."""
+    best = min(tried, key=tried.__getitem__)
+    found = [best / 2] if best == min(tried) else []
+    found += [best * 2] if best == max(tried) else []
+    return tuple(rate for rate in found if RATE_LIMITS[0] <= rate <= RATE_LIMITS[1])
 
 
 def tuning_trial(name: str, model: str, k: int, rate: float, part: Path) -> Trial:

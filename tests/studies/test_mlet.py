@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from pathlib import Path
 
@@ -54,6 +55,18 @@ def test_the_configs_of_the_whole_grid_are_good(name: str, model: str, tmp_path:
         assert {t.dim for t in tables} == {d} and {t.inner_dim for t in tables} <= {k or None, None}
         assert any(t.inner_dim == (k or None) for t in tables)
         assert all(t.sharding == "data_parallel" for t in tables if t.width % 4)
+
+
+def test_a_rate_is_not_chosen_at_the_edge_of_what_was_tried() -> None:
+    assert mlet.beyond({0.02: 0.9, 0.05: 0.8, 0.1: 0.85}) == ()
+    assert mlet.beyond({0.02: 0.9, 0.05: 0.8, 0.1: 0.75}) == (0.2,)
+    assert mlet.beyond({0.02: 0.7, 0.05: 0.8, 0.1: 0.75}) == (0.01,)
+    for best in (0.003, 0.07, 4.0):
+        tried = {rate: abs(math.log(rate / best)) for rate in mlet.LEARNING_RATES}
+        while new := mlet.beyond(tried):
+            tried |= {rate: abs(math.log(rate / best)) for rate in new}
+        assert min(tried, key=tried.__getitem__) == pytest.approx(best, rel=0.5)
+    assert mlet.beyond({4.0: 0.8, 2.0: 0.9}) == mlet.beyond({0.0015: 0.8, 0.003: 0.9}) == (), "there is an end"
 
 
 def test_the_low_rank_set_has_what_is_planted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
