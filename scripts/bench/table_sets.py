@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dist_rec import recommender
@@ -56,9 +57,8 @@ def compare(separate: RunConfig, wide: RunConfig, runtime: Runtime, arguments: a
     batches = [random_batch(separate, runtime.rank * MEMORY + i) for i in range(MEMORY)]
     arms, one_step = {}, {}
     for name, config in (("tables", separate), ("wide", wide), ("collections", separate)):
-        make = _collections if name == "collections" else recommender.distribute
-        parts = make(config, runtime)
-        arms[name] = training(parts.model, parts.optimizer.combined, batches, arguments.steps, runtime)
+        model, optimizer = (_collections if name == "collections" else _one_collection)(config, runtime)
+        arms[name] = training(model, optimizer.combined, batches, arguments.steps, runtime)
         one_step[name] = exchanged(arms[name])
     seconds = alternate(arms, runtime, arguments.rounds)
     examples = arguments.steps * arguments.batch * runtime.world_size * arguments.rounds
@@ -87,8 +87,13 @@ class _Stages(nn.Module):
         return {name: stage(sparse)[name] for name, stage in zip(self.names, self.stages, strict=True)}
 
 
-def _collections(config: RunConfig, runtime: Runtime) -> recommender.Distributed:
-    """`recommender.distribute`, with a collection of its own for each table set."""
+def _one_collection(config: RunConfig, runtime: Runtime) -> tuple[DistributedModelParallel, StepOptimizer]:
+    parts = recommender.distribute(config, runtime)
+    return parts.model, parts.optimizer
+
+
+def _collections(config: RunConfig, runtime: Runtime) -> tuple[DistributedModelParallel, StepOptimizer]:
+    """As `recommender.distribute`, with a collection of its own for each table set."""
     model, tables = recommender.build(config)
     sets = config.model.table_sets(config.schema)
     stages = [
@@ -97,6 +102,7 @@ def _collections(config: RunConfig, runtime: Runtime) -> recommender.Distributed
             [s],
             is_weighted=False,
             project=config.embeddings.project,
+            train_projection=config.embeddings.train_projection,
             device=torch.device("meta"),
         )
         for s in sets
@@ -116,7 +122,7 @@ def _collections(config: RunConfig, runtime: Runtime) -> recommender.Distributed
     sharded = sharding.shard(
         model, plan, runtime.device, runtime.group, tables=tables, seed=config.run.seed, threads=runtime.cores
     )
-    return recommender.Distributed(sharded, StepOptimizer(sharded, config.optim), tables, plan)
+    return sharded, StepOptimizer(sharded, config.optim)
 
 
 def _mapping(arguments: argparse.Namespace, sets: int, layout: str) -> dict[str, Any]:
