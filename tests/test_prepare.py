@@ -48,7 +48,7 @@ def edit(path: Path, line: int, text: str) -> None:
 
 
 BAD: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("criteo", lambda raw: (raw / "train.txt").unlink(), "has no train.txt (plain or .gz) in it, but nothing"),
+    ("criteo", lambda raw: (raw / "train.txt").unlink(), "has no train.txt or day_0 (plain or .gz) in it, but nothing"),
     ("criteo", lambda raw: (raw / "train.txt").write_text(""), "train.txt: is empty (0 bytes)"),
     ("criteo", lambda raw: cut(raw / "train.txt", 0.9), "fields, found"),
     ("criteo", lambda raw: edit(raw / "train.txt", 9, "1\t2"), "line 9: expected 40 fields, found 2: '1\\t2'"),
@@ -61,6 +61,10 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
     ("avazu", lambda raw: files.table(raw / "train.gz", [{"id": 1, "click": 0}]), "hour not found in 'id,click'"),
     ("avazu", lambda raw: files.table(raw / "train.gz", [{"id": 1, "click": 0, "hour": 14102199}]),
      "line 2: column 'hour' is 14102199; expected YYMMDDHH"),
+    ("avazu", lambda raw: files.table(raw / "train.gz", [{"id": 1, "click": 0, "hour": 14093123}]),
+     "line 2: column 'hour' is 14093123; expected YYMMDDHH"),
+    ("avazu", lambda raw: files.table(raw / "train.gz", [{"id": 1, "click": 0, "hour": 14100000}]),
+     "line 2: column 'hour' is 14100000; expected YYMMDDHH"),
     ("movielens", lambda raw: (raw / "movies.dat").unlink(), "has no movies.dat"),
     ("movielens", lambda raw: (raw / "ratings.dat").unlink(), "has no u.data or ratings.dat or ratings.csv"),
     ("movielens", lambda raw: edit(raw / "ratings.dat", 7, "1::2::9::978300760"), "line 7: column 'rating' is 9.0"),
