@@ -42,7 +42,7 @@ COHORTS = {
     "head_mass": 0.05,
     "tail_mass": 0.05,
 }
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "dlrm": {"name": "dlrm", "bottom": [256], "top": [256, 128]},
     "dcn": {"name": "dcn", "cross_layers": 2, "rank": 64, "deep": [256, 128]},
     "dhen": {"name": "dhen", "layers": [["attention_fm", "dot"], ["attention_fm", "linear"]], "top": [256, 128]},

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dist_rec import recommender
@@ -57,7 +56,11 @@ def compare(separate: RunConfig, wide: RunConfig, runtime: Runtime, arguments: a
     batches = [random_batch(separate, runtime.rank * MEMORY + i) for i in range(MEMORY)]
     arms, one_step = {}, {}
     for name, config in (("tables", separate), ("wide", wide), ("collections", separate)):
-        model, optimizer = (_collections if name == "collections" else _one_collection)(config, runtime)
+        if name == "collections":
+            model, optimizer = _collections(config, runtime)
+        else:
+            parts = recommender.distribute(config, runtime)
+            model, optimizer = parts.model, parts.optimizer
         arms[name] = training(model, optimizer.combined, batches, arguments.steps, runtime)
         one_step[name] = exchanged(arms[name])
     seconds = alternate(arms, runtime, arguments.rounds)
@@ -87,13 +90,8 @@ class _Stages(nn.Module):
         return {name: stage(sparse)[name] for name, stage in zip(self.names, self.stages, strict=True)}
 
 
-def _one_collection(config: RunConfig, runtime: Runtime) -> tuple[DistributedModelParallel, StepOptimizer]:
-    parts = recommender.distribute(config, runtime)
-    return parts.model, parts.optimizer
-
-
-def _collections(config: RunConfig, runtime: Runtime) -> tuple[DistributedModelParallel, StepOptimizer]:
-    """As `recommender.distribute`, with a collection of its own for each table set."""
+def _collections(config: RunConfig, runtime: Runtime) -> tuple[nn.Module, StepOptimizer]:
+    """As `recommender.distribute` makes them, with a collection of its own for each table set."""
     model, tables = recommender.build(config)
     sets = config.model.table_sets(config.schema)
     stages = [

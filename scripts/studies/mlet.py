@@ -101,7 +101,8 @@ def grid(
     trials = [_trial(arm, rates[arm.k], seed, part) for seed, arm in places for part in parts]
     found = outcomes(trials, work, processes)
     results: dict[Arm, list[Scores]] = {arm: [] for arm in arms}
-    counts = [rarest(part, load(str(real_data.card(arms[0].set, arms[0].model))).schema.sparse) for part in parts]
+    features = list(load(str(real_data.card(arms[0].set, arms[0].model))).schema.sparse)
+    counts = [rarest(part, features) for part in parts]
     for _, arm in places:
         results[arm].append(scores([next(found) for _ in parts], counts))
     return results
