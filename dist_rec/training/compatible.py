@@ -98,6 +98,10 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]
     common = [name for name in old if name in new]
     if path.startswith("schema.") and common != [name for name in new if name in old]:
         yield f"{path} (order)", list(old), list(new)
+    # a policy of this kind has a row of the table, or parameters of each domain, of its own
+    before, after = ("reserved" in (of.get("out_of_range"), of.get("on_null")) for of in (old, new))
+    if before != after:
+        yield f"{path} (out_of_range or on_null: reserved)", before, after
     for name in dict.fromkeys([*old, *new]):
         if name not in _FREE:
             yield from _differences(old.get(name), new.get(name), f"{path}.{name}")

@@ -112,6 +112,8 @@ def test_what_changes_the_meaning_of_parameters_is_refused_and_the_folder_kept(d
         merged(on, {"model": {"dim": 16}}),
         merged(on, {"embeddings": {"pooling": "mean"}, "schema": {"dense": {"d0": {"mean": 5.0}}}}),
         merged(on, {"optim": {"tables": {"name": "sgd"}}}),
+        merged(on, {"schema": {"groups": {"domain": {"out_of_range": "reserved"}}}}),
+        merged(on, {"schema": {"sparse": {"item": {"on_null": "reserved"}}}}),
     ]
     columns = {"sparse": {"user": {"out_of_range": "hash"}}, "groups": {"user": {"column": "item"}}}
     allowed = merged(on, {"optim": {"tables": {"lr": 0.5}}, "schema": columns})
@@ -124,6 +126,8 @@ def test_what_changes_the_meaning_of_parameters_is_refused_and_the_folder_kept(d
     assert "model.dim: 8 -> 16" in said_of[0]
     assert "schema.dense.d0.mean: 0.0 -> 5.0" in said_of[1] and "embeddings.pooling: sum -> mean" in said_of[1]
     assert "optim.tables.name: rowwise_adagrad -> sgd" in said_of[2]
+    for text, column in zip(said_of[3:], ("groups.domain", "sparse.item"), strict=True):
+        assert f"schema.{column} (out_of_range or on_null: reserved): False -> True" in text
     assert all("another run.dir" in text for text in said)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     assert run_ranks(_attempts, 1, [allowed])[0] == ["trained"]
