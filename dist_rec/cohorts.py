@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ output=FILE.json         instead of RUN/cohorts.json; the picture is written bes
 run.device=cpu           keys with a dot override the run's config
 
 On several ranks:  torchrun --nproc-per-node 2 -m dist_rec.cohorts RUN DATA [key=value ...]
+On a cluster:      torchx run -s slurm launch/components.py:cohorts --run RUN --data DATA --ranks 8 --gpu 8 \\
+                       -- [key=value ...]
 """
 
 _SPLIT = "test"  # stands for DATA
@@ -79,8 +82,8 @@ class CohortsConfig:
             yield Complaint("axes", "cannot be found: the run's schema has no groups; declare schema.groups and train")
         if self.bins < 2:
             yield Complaint("bins", f"is {self.bins}; a distribution needs at least 2")
-        if not self.low < self.high:
-            yield Complaint("low", f"is {self.low}, which is not below high ({self.high})")
+        if not -math.inf < self.low < self.high < math.inf:
+            yield Complaint("low", f"is {self.low} and high is {self.high}; bins need two finite ends, low below high")
         if not 0 <= self.min_mass < 0.5:
             yield Complaint("min_mass", f"is {self.min_mass}; two cohorts must each have it: use 0 to 0.5")
         for name in ("min_positives", "max_values"):

@@ -33,6 +33,9 @@ from dist_rec.training.report import ReportConfig
 from dist_rec.training.runtime import RunSettings
 from dist_rec.training.trainer import TrainConfig
 
+NO_DEVICE = "none"
+"""The device type of what only reads a config, and neither trains nor looks anything up by it: an export."""
+
 
 def choice(room: str) -> Choice:
     """The components of a folder ("models", "objectives", "auxiliary"): one per file, called by the file's name."""
@@ -74,7 +77,7 @@ class RunConfig:
     def check(self, device_type: str | None = None) -> Iterator[Complaint]:
         """Every component's complaints, and those about what does not go together; None sections are skipped.
 
-        device_type: what will train, if it is not this machine (a plan for a cluster, made on a laptop).
+        device_type: what will train, if it is not this machine (a plan for a cluster, made on a laptop); or NO_DEVICE.
         """
         if self.run and device_type is None:
             yield from gather("run", self.run.check())
@@ -132,11 +135,12 @@ class RunConfig:
                 yield from gather("sharding", check_columns(tables, self.sharding))
             if self.optim:
                 yield from gather("embeddings", check_splittable(tables, self.optim.tables.name))
-            yield from gather("embeddings", check_kernels(tables, device))
+            if device != NO_DEVICE:
+                yield from gather("embeddings", check_kernels(tables, device))
 
 
 def load(path: str, overrides: Sequence[str] = (), device_type: str | None = None) -> RunConfig:
-    """The config in file `path` with `key=value` overrides, checked for this machine or for `device_type`.
+    """The config in file `path` with `key=value` overrides, checked for this machine or for `device_type`, see `check`.
 
     Raises:
         ConfigError: with every complaint, each with its full key and the fix.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from dist_rec.data.schema import Schema
 from dist_rec.job import load_config, restore, run_entry
 from dist_rec.metrics.rows import Rows
 from dist_rec.serving.scores import score_columns
+from dist_rec.settings import Complaint, ConfigError
 from dist_rec.training.evaluation import evaluate
 from dist_rec.training.report import format_table, to_json
-from dist_rec.training.runtime import Runtime, process
+from dist_rec.training.runtime import Runtime, check_writable, process
 
 USAGE = """usage: dist-rec evaluate CONFIG [key=value ...]
 
@@ -46,6 +47,10 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     split, folder = config.evaluate.split, Path(config.run.dir)
+    # of rank 0, which alone writes: the place need not be there on other nodes
+    problems = runtime.broadcast(list(_check_predictions(config)) if runtime.is_main else None)
+    if problems:
+        raise ConfigError(problems)
     trained = restore(config, runtime)
     groups = list(config.schema.groups) if config.evaluate.predictions else None
     loader, task = trained.data.once(split), trained.data.task(split)
@@ -66,6 +71,14 @@ def _run(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
             print(f"predictions: {config.evaluate.predictions}")
             write_predictions(found.rows, config.schema, Path(config.evaluate.predictions))
     return result
+
+
+def _check_predictions(config: RunConfig) -> Iterator[Complaint]:
+    key, path = "evaluate.predictions", config.evaluate.predictions
+    if path is not None and Path(path).is_dir():
+        yield Complaint(key, f"is '{path}', which is a folder; name a file")
+    elif path is not None:
+        yield from check_writable(Path(path).parent, key)
 
 
 def write_predictions(rows: Rows, schema: Schema, path: Path) -> None:

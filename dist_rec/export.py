@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from dist_rec import versions
-from dist_rec.config import RunConfig, to_mapping, to_yaml
+from dist_rec.config import NO_DEVICE, RunConfig, load, to_mapping, to_yaml
 from dist_rec.data.catalogue import Catalogue
 from dist_rec.data.footers import read_footers
-from dist_rec.job import load_config, run_entry
+from dist_rec.job import run_entry
 from dist_rec.predict import load_part, open_items
 from dist_rec.recommender import plain, served
 from dist_rec.serving.collapse import Collapsed, collapse, format_report
@@ -36,8 +36,9 @@ from dist_rec.serving.retrieval import (
 )
 from dist_rec.settings import Complaint, ConfigError
 from dist_rec.training.checkpoint import trained
-from dist_rec.training.compatible import check_compatible
+from dist_rec.training.compatible import check_same_model
 from dist_rec.training.report import to_json
+from dist_rec.training.runtime import check_writable
 from dist_rec.training.stored import StoredModel
 
 USAGE = """usage: dist-rec export CONFIG [key=value ...]
@@ -69,7 +70,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         text = f"is '{folder}', which exists and is no export; choose another folder, or remove it"
         raise ConfigError([Complaint("export.path", text)])
     checkpoint = trained(Path(config.run.dir) / "checkpoints", config.export.step)
-    check_compatible(checkpoint.meta["config"], to_mapping(config))
+    check_same_model(checkpoint.meta["config"], to_mapping(config))
+    if problems := list(check_writable(folder.parent, "export.path")):
+        raise ConfigError(problems)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -166,7 +169,7 @@ def _replace(folder: Path, temporary: Path) -> None:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    run(load_config(arguments))
+    run(load(arguments[0], arguments[1:], NO_DEVICE))  # a run of GPUs is exported where there are none
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from dist_rec.config import RunConfig, load
+from dist_rec.config import RunConfig, load, to_mapping
 from dist_rec.contract import Fill
 from dist_rec.data import synthetic
 from dist_rec.data.batch import Batch
@@ -33,6 +33,7 @@ from dist_rec.recommender import distribute
 from dist_rec.serving.tensor_file import TensorFileError
 from dist_rec.settings import Complaint, ConfigError
 from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError
+from dist_rec.training.compatible import check_same_model
 from dist_rec.training.evaluation import Diagnostics
 from dist_rec.training.retrieval import RetrievalTask
 from dist_rec.training.runtime import Runtime, check_writable, rank_from_environment
@@ -288,7 +289,8 @@ def restore(config: RunConfig, runtime: Runtime) -> Trained:
     """The run in `run.dir` with its weights of `evaluate.step`, and the data of `evaluate.split`. Collective.
 
     Raises:
-        ConfigError: the config has no such split. CheckpointError: there are no such weights.
+        ConfigError: the config has no such split. CheckpointError: there are no such weights, or they are of a model
+            that predicts otherwise than the config's.
         DataSetError: see `JobData`.
     """
     split = config.evaluate.split
@@ -298,6 +300,7 @@ def restore(config: RunConfig, runtime: Runtime) -> Trained:
         raise ConfigError([Complaint(f"data.{split}", text)])
     checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", config.checkpoint, runtime)
     checkpoint = checkpointer.trained(config.evaluate.step)
+    check_same_model(checkpoint.meta["config"], to_mapping(config))
     data = JobData(config, runtime, splits=(split,))
     parts = distribute(config, runtime)
     checkpointer.load(checkpoint, parts.model, None)

@@ -28,7 +28,7 @@ from dist_rec.serving.retrieval import INDEX, QUERY, VECTORS, Lists
 from dist_rec.serving.scores import score_columns, score_names
 from dist_rec.serving.tensor_file import TensorFileError
 from dist_rec.settings import Complaint, ConfigError, gather, parse
-from dist_rec.training.runtime import RunSettings, keep_freed_memory
+from dist_rec.training.runtime import RunSettings, check_writable, keep_freed_memory
 
 USAGE = """usage: dist-rec predict EXPORT DATA OUT [key=value ...]
 
@@ -137,11 +137,15 @@ def run(export: Path, data: str, out: Path, settings: PredictSettings) -> dict[s
     started = time.perf_counter()
     if out.is_dir() or (out.exists() and not settings.overwrite):
         raise ConfigError([Complaint("OUT", f"is '{out}', which exists; choose another file, or set overwrite=true")])
+    if problems := list(check_writable(out.parent, "OUT")):
+        raise ConfigError(problems)
     has_towers = (export / QUERY).is_dir()
     folder = export / QUERY if has_towers else export
     given = {"items": settings.items, "cache": settings.cache, "decode_threads": settings.decode_threads}
     part = load_part(folder, **{key: value for key, value in given.items() if value is not None})
     footers = read_footers(data)
+    if os.path.realpath(out) in [os.path.realpath(footer.path) for footer in footers]:
+        raise ConfigError([Complaint("OUT", f"is '{out}', which is a file of DATA; choose another file")])
     check_columns(footers, part.schema)
     device = _device(settings.device, (folder / TENSORS).stat().st_size)
     part.model.to(device)

@@ -46,7 +46,8 @@ split=test               train, validation or test (default: test), by the basel
 data=PATH                evaluate other files instead
 cohorts=FILE             what dist-rec cohorts wrote (default: cohorts.json in the baseline's folder, if it is there)
 axes=domain,age:10       groups of the schema along which metrics are divided too; see dist-rec cohorts --help
-unit=user                a group whose rows are resampled together: rows of one user are not independent (default: rows)
+unit=user                a group whose rows are resampled together: rows of one user are not independent; one in
+                         which the unknown do not share a value (default: rows)
 replicates=1000 seed=0   of the bootstrap
 label=click              which label (default: the baseline's first binary one)
 output=report.html       the numbers are written beside it, as report.json
@@ -287,7 +288,7 @@ class _Report:
             line = f"{name}: NE {m.ne:.5f}  AUC {m.auc:.5f}  calibration {m.calibration:.5f}"
             if i > 0:
                 d = result.differences["all rows"][i - 1]
-                line += f"  NE difference {d.value:+.3%} ({d.low:+.3%} to {d.high:+.3%})"
+                line += f"  NE difference {d.value:+.3%} ({sections.interval_in_words(d)})"
             print(line)
         print(f"written: {output}, {numbers}")
 

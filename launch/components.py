@@ -97,16 +97,63 @@ def evaluate(
     return _ddp("dist_rec.evaluate", **locals())
 
 
+def cohorts(
+    *overrides: str,
+    run: str,
+    data: str,
+    ranks: int = 1,
+    nodes: int = 1,
+    name: str = "/",
+    image: str = torchx.IMAGE,
+    cpu: int = 4,
+    gpu: int = 0,
+    memMB: int = 16384,
+    h: Optional[str] = None,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    mounts: Optional[List[str]] = None,
+    debug: bool = False,
+) -> specs.AppDef:
+    """Finds the cohorts that a run treats most differently: `python -m dist_rec.cohorts RUN DATA key=value ...`.
+
+    Args:
+        overrides: options and settings as key=value, after `--`
+        run: folder of a trained run, as seen from where the ranks run
+        data: file, folder or glob of Parquet, likewise
+        ranks: processes per node; on GPU nodes, one per GPU
+        nodes: number of nodes
+        name: {experiment}/{run}, as in TorchX's dist.ddp
+        image: container image for Kubernetes and AWS Batch, built from docker/Dockerfile
+        cpu: CPU cores per node
+        gpu: GPUs per node
+        memMB: host memory per node in MB
+        h: a named resource of TorchX, in place of cpu, gpu and memMB
+        env: environment variables (k1=v1,k2=v2)
+        max_retries: restarts by the scheduler
+        rdzv_port: port on the first node where the nodes of a job meet
+        mounts: mounts of the container (type=bind,src=/host,dst=/container[,readonly])
+        debug: with the debug flags of torch.distributed and NCCL
+    """
+    return _ddp("dist_rec.cohorts", **locals())
+
+
 def _ddp(
     module: str,
     overrides: tuple[str, ...],
-    config: str,
     ranks: int,
     nodes: int,
     env: dict[str, str] | None,
+    config: str = "",
+    run: str = "",
+    data: str = "",
     **resources: Any,
 ) -> specs.AppDef:
-    """`module` under torchrun on `nodes` x `ranks` processes; `resources` are arguments of `dist.ddp`."""
+    """`module` under torchrun on `nodes` x `ranks` processes; `resources` are arguments of `dist.ddp`.
+
+    config, run, data: those that the entry takes, before its overrides.
+    """
+    places = [place for place in (config, run, data) if place]
     # A $ in an argument is the user's (OmegaConf's ${...}); doubled, TorchX's macro substitution leaves it alone.
-    arguments = [argument.replace("$", "$$") for argument in (config, *overrides)]
+    arguments = [argument.replace("$", "$$") for argument in (*places, *overrides)]
     return dist.ddp(*arguments, m=module, j=f"{nodes}x{ranks}", env=ENV | (env or {}), **resources)

@@ -12,6 +12,17 @@ from dist_rec.data.batch import Batch
 from dist_rec.data.schema import Schema
 
 IDS = {"user": 203, "item": 101, "tags": 57, "hour": 24, "query": 101}
+COHORTS: dict[str, Any] = {
+    "axes": ["domain"],
+    "edges": {"domain": None},
+    "head": {"domain": 2},
+    "tail": {"domain": 0},
+    "head_rate": 0.15,
+    "tail_rate": 0.1,
+    "head_mass": 0.3,
+    "tail_mass": 0.3,
+}
+"""What a cohorts.json says, of a group "domain" of three values."""
 
 
 def mapping(**sections: Any) -> dict[str, Any]:

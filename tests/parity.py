@@ -6,12 +6,15 @@ Updates are compared, not parameters: a wrong factor on a small gradient moves a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchrec.distributed import comm
 from torchrec.optim import RowWiseAdagrad
 
 from dist_rec.config import RunConfig
@@ -73,16 +76,22 @@ def sharded(
     steps: int = STEPS,
     prepare: Callable[[Distributed], None] | None = None,
     batch: Callable[[Schema, int], Batch] = _batch,
+    ranks_per_node: int | None = None,
 ) -> list[Training]:
     """Each config as the framework trains it, pipelined; for `run_ranks`. prepare: changes a model before it starts.
-    batch: (schema, step) -> the rows of all ranks."""
+    batch: (schema, step) -> the rows of all ranks. ranks_per_node: as if on several nodes; by default all on one."""
     results = []
+    here = runtime(rank, world_size)
+    if ranks_per_node is not None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)  # TorchRec reads it
+        here = replace(here, local_world_size=ranks_per_node)
     for config in configs:
-        here = runtime(rank, world_size)
         parts = distribute(config, here)
         if prepare is not None:
             prepare(parts)
         before = whole(parts.model.state_dict())
+        if ranks_per_node is not None:
+            assert comm._INTRA_PG.size() == ranks_per_node
         pipeline = GuardedPipeline(parts.model, parts.optimizer, here)
         batches = iter([share(batch(config.schema, s), rank, world_size) for s in range(steps)])
         losses = []

@@ -115,6 +115,7 @@ def test_without_axes_all_groups_of_few_values_are_tried(trained: Path, data: Pa
         (["axes=domian"], ["axes: names 'domian', which is no group of the run's schema; did you mean 'domain'?"]),
         (["axes=domain", "bins=1", "min_mas=3"], ["min_mas: is not a known key; did you mean 'min_mass'?"]),
         (["axes=domain,x:1", "bins=1", "min_mass=2"], ["axes: has 'x:1'", "bins: is 1", "min_mass: is 2.0"]),
+        (["axes=domain", "low=-.inf"], ["low: is -inf and high is 10.0; bins need two finite ends"]),
         (["axes=user"], ["axes: 'user' has more than 100 different values; cut it into parts with user:10"]),
         (["axes=domain", "label=buy"], ["label: is 'buy', which is no binary label; known: click"]),
         (
@@ -195,8 +196,8 @@ def _planted_card(data: Path, folder: Path, seed: int) -> dict[str, Any]:
 
 
 def test_planted_minorities_are_found(tmp_path: Path) -> None:
-    """Over seeds of data and of training; the axis too is found, among two."""
-    cards, seeds = [], range(5)
+    """In the middle of their axis, which too is found, among two. Over more seeds: tests/methods/test_recovery.py."""
+    cards, seeds = [], range(2)
     for seed in seeds:
         card = tmp_path / f"{seed}.yaml"
         data = _planted(tmp_path / f"data{seed}", seed)

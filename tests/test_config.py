@@ -14,6 +14,7 @@ from dist_rec.settings import ConfigError
 from tests.runs import merged, values
 
 ROOT = Path(__file__).parents[1]
+ADAGRAD = {"tables": {"name": "adagrad"}}
 
 
 def _complaints(config: dict[str, Any]) -> dict[str, str]:
@@ -75,6 +76,26 @@ def test_the_base_of_these_tests_is_good(tmp_path):
             {"schema": {"sparse": {"tags": {"weights": "w"}}}, "embeddings": {"pooling": "mean"}},
             "embeddings.pooling",
             "feature 'tags' has a weight per id",
+        ),
+        (
+            {"embeddings": {"inner_dim": 4}},
+            "embeddings.inner_dim",
+            "which is served with 8 columns; two layers need",
+        ),
+        (
+            {"embeddings": {"inner_dim": 16, "tables": {"item": {"inner_dim": 4}}}},
+            "embeddings.tables.item.inner_dim",
+            "is 4 for table 'main_item', which is served with 8 columns; two layers need at least as many",
+        ),
+        (
+            {"embeddings": {"inner_dim": 16, "tables": {"tags": {"sharding": "column_wise"}}}, "optim": ADAGRAD},
+            "embeddings.tables.tags.sharding",
+            "so no shard can project alone; use row_wise, or project: after",
+        ),
+        (
+            {"embeddings": {"inner_dim": 16, "factor_above": -1}},
+            "embeddings.factor_above",
+            "is -1.0; use a number >= 0",
         ),
         (
             {"model": {"dim": 6, "bottom": [6]}},

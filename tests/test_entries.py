@@ -94,6 +94,10 @@ def test_evaluate_takes_a_split_a_step_and_other_files(data, tmp_path):
         (["evaluate.step=4"], "step-00000004 cannot be used: meta.json"),
         (["run.dir=/tmp/never_trained_here"], "/tmp/never_trained_here/checkpoints has no complete checkpoint; train"),
         (["data.test=null"], "data.test: is empty; set it, or choose evaluate.split="),
+        (["evaluate.predictions=/proc/p.parquet"], "evaluate.predictions: is '/proc', but '/proc' cannot be written"),
+        (["evaluate.predictions=tests"], "evaluate.predictions: is 'tests', which is a folder"),
+        (["embeddings.pooling=mean"], "embeddings.pooling: sum -> mean"),  # as many parameters, other predictions
+        (["schema.dense.d0.mean=5.0"], "schema.dense.d0.mean: 0.0 -> 5.0"),
     ],
 )
 def test_evaluate_without_what_it_needs_says_so(data, tmp_path, overrides, message):

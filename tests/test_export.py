@@ -17,11 +17,11 @@ import torch.distributed as dist
 import yaml
 
 from dist_rec import cli, evaluate
-from dist_rec.config import choice, from_mapping, load
+from dist_rec.config import choice, from_mapping, load, to_mapping
 from dist_rec.predict import _scoring_schema
 from dist_rec.recommender import plain
 from dist_rec.serving.tensor_file import read
-from dist_rec.settings import Complaint
+from dist_rec.settings import Complaint, ConfigError
 from dist_rec.training.checkpoint import find
 from dist_rec.training.stored import StoredModel
 from tests.ranks import run_ranks
@@ -86,7 +86,9 @@ def _column(path: Path, name: str) -> np.ndarray:
 def test_the_export_scores_as_evaluate_does(data, tmp_path, capsys, world_size):
     """Bit for bit for plain tables; to 1e-5 where two layers became one."""
     layers = {"plain": {}, "before": {"inner_dim": 32}, "after": {"inner_dim": 32, "project": "after"}}
-    cases = [*product(MODELS, KINDS, ("plain", "before")), ("dlrm", "row_wise", "after")]
+    kinds = KINDS if world_size > 1 else KINDS[:1]  # one rank holds everything whatever it is called
+    cases = [*product(["dlrm"], kinds, ("plain", "before")), ("dcn", "table_wise", "before")]
+    cases += [("dlrm", "row_wise", "after")]
     runs = {c: _run(data, tmp_path / "-".join(c), c[1], c[0], embeddings=layers[c[2]]) for c in cases}
     run_ranks(train_all, world_size, list(runs.values()))
     run_ranks(_evaluated, 1, list(runs.values()))
@@ -105,7 +107,7 @@ def test_the_export_scores_as_evaluate_does(data, tmp_path, capsys, world_size):
 PRIOR = {"prior": ["user", "item"]}
 NEEDED: dict[str, dict[str, Any]] = {"crocodile": PRIOR, "pepnet": {**PRIOR, "domain_features": ["item"]}}
 AUXILIARIES: dict[str, dict[str, Any]] = {
-    "crocodile": {"covariance": {"alpha": 0.1}},
+    "crocodile": {"covariance": {"alpha": 0.1, "rows": 8}},
     "dhen": {"c2al": {"hidden": [4], "cohorts": {"axes": ["domain"], "edges": {"domain": None}, "head": {"domain": 0},
                       "tail": {"domain": 2}, "head_rate": 0.2, "tail_rate": 0.1, "head_mass": 0.3, "tail_mass": 0.3}}},
 }  # fmt: skip
@@ -131,7 +133,7 @@ def test_every_arch_is_exported_and_served(data, tmp_path, capsys, model):
     with StoredModel(find(tmp_path / "run" / "checkpoints")[-1].path) as stored:
         dropped = {name for name in stored.tensors if name.startswith(("dense.auxiliaries.", "dense.objective."))}
     assert set(json.loads((tmp_path / "run" / "export" / "report.json").read_text())["dropped"]) == dropped
-    assert dropped or model != "dhen", "C2AL's heads have parameters"
+    assert bool(dropped) == (model in AUXILIARIES), "C2AL's heads have parameters, the covariance a count of its draws"
     printed = capsys.readouterr().out
     assert all(name in printed for name in dropped)
 
@@ -190,6 +192,27 @@ def test_a_chosen_step_is_exported_and_an_export_is_replaced(data, tmp_path, cap
     assert json.loads((tmp_path / "elsewhere" / "report.json").read_text())["step"] == 7, "the newest by default"
 
 
+def test_a_run_of_gpus_is_exported_where_there_are_none(data, tmp_path):
+    """A config that says how it was trained, by an optimiser and kernels that are not here, and on a device neither."""
+    run = _run(data, tmp_path / "run", "table_wise", embeddings={"inner_dim": 16})
+    run_ranks(train_all, 1, [run])
+    folder = tmp_path / "run"
+    config = to_mapping(load(str(folder / "config.yaml")))
+    on_gpus = merged(config, {"run": {"device": "cuda"}, "optim": {"tables": {"name": "adam"}},
+                              "embeddings": {"kernel": "fused_uvm_caching"}})  # fmt: skip
+    if not torch.cuda.is_available():
+        for device, wrong in (("cuda", "run.device"), ("auto", "optim.tables.name"), ("auto", "embeddings.kernel")):
+            with pytest.raises(ConfigError, match=wrong):
+                from_mapping(merged(on_gpus, {"run": {"device": device}}))
+    (checkpoint,) = find(folder / "checkpoints")
+    meta = checkpoint.path / "meta.json"
+    meta.write_text(json.dumps({**checkpoint.meta, "config": on_gpus}))
+    (folder / "config.yaml").write_text(yaml.safe_dump(on_gpus, sort_keys=False))
+    cli.main(["export", str(folder / "config.yaml")])
+    cli.main(["predict", str(folder / "export"), str(data / "features"), str(tmp_path / "out.parquet")])
+    assert pq.read_metadata(tmp_path / "out.parquet").num_rows == TEST_ROWS
+
+
 # Errors
 
 
@@ -216,6 +239,7 @@ def _ends(*arguments: Any) -> str:
         (["embeddings.inner_dim=32"], "embeddings.inner_dim: 16 -> 32"),
         (["model.top=[24]"], "model.top: "),
         (["export.path=tests"], "export.path: is 'tests', which exists and is no export"),
+        (["export.path=/proc/export"], "export.path: is '/proc', but '/proc' cannot be written"),
     ],
 )
 def test_export_without_what_it_needs_says_so(exported, overrides, message):
@@ -265,6 +289,11 @@ def _edit(path: Path, old: str, new: str) -> None:
             ["{export}", "{data}/features", "{data}/features/a.parquet"],
             "which exists; choose another file, or set over",
         ),
+        (
+            ["{export}", "{data}/features", "{data}/features/a.parquet", "overwrite=true"],
+            "which is a file of DATA; choose another file",
+        ),
+        (["{export}", "{data}/features", "/proc/out"], "OUT: is '/proc', but '/proc' cannot be written"),
         (["{export}", "{data}/features", "s3://bucket/out"], "only local files are written"),
         (["{export}", "{data}/features", "{out}", "keep=[usr]"], "keep: column 'usr' is not in"),
         (["{export}", "{data}/features", "{out}", "keep=[logit_click]"], "which is a column of scores"),

@@ -98,7 +98,7 @@ class Config(CohortsConfig):
             yield Complaint("label", f"{text}; set head_rate and tail_rate, or find the cohorts for '{label}'")
         for name in ("head", "tail"):
             rate = getattr(cohorts, f"{name}_rate")
-            if not 0 < rate < 1:
+            if getattr(self, f"lambda_{name}") and not 0 < rate < 1:  # a head that is off starts nowhere
                 text = f"is {rate}: a head starts at its logit, so it must be > 0 and < 1"
                 yield Complaint(f"{name}_rate", f"{text}; set it, or choose cohorts that have positive rows")
 

@@ -42,7 +42,8 @@ class Axis:
             return values
         # for integers, edge <= value if and only if ceil(edge) <= value: the comparison stays exact beyond 2**53
         edges = torch.tensor([math.ceil(e) for e in self.edges], dtype=torch.int64, device=values.device)
-        return torch.bucketize(values, edges, right=True)
+        # one group of several beside each other is not contiguous, and torch would warn the user of it
+        return torch.bucketize(values.contiguous(), edges, right=True)
 
 
 class Masks(NamedTuple):

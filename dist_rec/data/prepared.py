@@ -323,7 +323,8 @@ def _schema(log: RawLog, measured: Measured, out: Path) -> str:
     }
     notes = [log.about, "Ids: 0 is missing or unseen in training; a config says `base: schema.yaml` and adds a model."]
     if log.others:
-        notes.append(f"The files have the labels {', '.join(log.others)} too: declare them under `labels`.")
+        added = f"a config adds one as `schema.labels.{log.others[0]}: {{kind: binary}}`"
+        notes.append(f"The files have the labels {', '.join(log.others)} too, which are not declared; {added}.")
     hashed = [name for name, ids in measured.ids.items() if ids.hashed]
     notes += [f"Hashed, as they have more values than --max-ids: {', '.join(hashed)}."] if hashed else []
     text = "".join(f"# {line}\n" for note in notes for line in textwrap.wrap(note, 118))

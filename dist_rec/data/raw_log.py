@@ -40,7 +40,8 @@ class RawLog:
             the raw values; 0 is missing or unseen in training.
         numbered: columns whose values are the ids 0 .. n-1 already: name -> n.
         dense: columns of numbers; null: missing.
-        others: labels that are written and not declared.
+        others: labels that are written and not declared: a base config can be added to, but not taken from, and the
+            published comparisons are on one label.
         groups: name of a group -> the column of integers that is written for it, as it is.
         splits: names of the splits, in the order of `Block.split`.
         rows: how many rows the published files have in all; None if that is not known.

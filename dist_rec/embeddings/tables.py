@@ -6,7 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dist_rec.contract import TableSet
 from dist_rec.data.schema import Schema
@@ -24,7 +24,10 @@ _WIDE = "wide_"
 
 @dataclass
 class TableOptions:
-    """How one table is pooled, placed and initialised; what is left out comes from the `embeddings` section."""
+    """How one table is pooled, placed and initialised.
+
+    What "<set>_<table>" leaves out comes from "<table>", and what that leaves out from the `embeddings` section.
+    """
 
     pooling: Literal["sum", "mean"] | None = None
     sharding: ShardingName | None = None
@@ -57,7 +60,7 @@ class EmbeddingsConfig:
     # batches alone, as those of a single layer do
     train_projection: bool = True
     # exceptions by table: a table is named after its feature (or the schema's `table`) in every table set, or
-    # "<set>_<table>" for one table set only
+    # "<set>_<table>" for one table set only, which goes before
     tables: dict[str, TableOptions] = field(default_factory=dict)
     # where several table sets ask for the same feature (the experts of a multi-domain model). separate: a table for
     # each set, every one of which the feature's ids are sent to. wide: one table with a block of columns for each set:
@@ -74,21 +77,46 @@ class EmbeddingsConfig:
                 close = difflib.get_close_matches(name, sorted(known), n=1)
                 hint = f"did you mean '{close[0]}'?" if close else f"tables: {', '.join(sorted(known))}"
                 yield Complaint(f"tables.{name}", f"matches no table; {hint}")
+        if not self.factor_above >= 0:
+            yield Complaint("factor_above", f"is {self.factor_above}; use a number >= 0, which factors every table")
         for table in make_tables(table_sets, schema, self):
             yield from self._check_wide(table)
+            yield from self._check_layers(table)
             weighted = [f for f in table.features if schema.sparse[f].weights is not None]
             if table.pooling == "mean" and weighted:
                 text = f"is mean for table '{table.name}', but feature '{weighted[0]}' has a weight per id"
-                yield Complaint("pooling", f"{text}; a weighted feature is summed: set pooling: sum for this table")
+                text += "; a weighted feature is summed: set pooling: sum for this table"
+                yield Complaint(self._key(table, "pooling"), text)
             if not table.init_bound > 0:
-                yield Complaint("init_bound", f"is {table.init_bound} for table '{table.name}'; use a number > 0")
-            if table.inner_dim is not None and table.inner_dim < table.dim:
-                text = f"is {table.inner_dim} for table '{table.name}', which is served with {table.dim} columns"
-                yield Complaint("inner_dim", f"{text}; two layers need at least as many inside")
-            if table.inner_dim is not None and self.project == "before" and table.sharding in SPLITS_COLUMNS:
-                text = f"is {table.sharding} for table '{table.name}', which splits the inner columns that its second"
-                text += " layer sums over, so no shard can project alone; use row_wise, or project: after"
-                yield Complaint("sharding", text)
+                text = f"is {table.init_bound} for table '{table.name}'; use a number > 0"
+                yield Complaint(self._key(table, "init_bound"), text)
+
+    def _check_layers(self, table: Table) -> Iterator[Complaint]:
+        if table.inner_dim is None:
+            return
+        if table.inner_dim < table.dim:
+            text = f"is {table.inner_dim} for table '{table.name}', which is served with {table.dim} columns"
+            yield Complaint(self._key(table, "inner_dim"), f"{text}; two layers need at least as many inside")
+        if self.project == "before" and table.sharding in SPLITS_COLUMNS:
+            text = f"is {table.sharding} for table '{table.name}', which splits the inner columns that its second"
+            text += " layer sums over, so no shard can project alone; use row_wise, or project: after"
+            yield Complaint(self._key(table, "sharding"), text)
+
+    def _key(self, table: Table, option: str) -> str:
+        """Where the section says what `option` is for a table."""
+        block = table.blocks[0]
+        for name in (block.name, block.name.removeprefix(f"{block.table_set}_")):
+            if name in self.tables and getattr(self.tables[name], option) is not None:
+                return f"tables.{name}.{option}"
+        return option
+
+    def options(self, *names: str) -> TableOptions:
+        """What is said of one table, by the first of its names that says it, option by option."""
+        given = [self.tables[name] for name in names if name in self.tables]
+        found: dict[str, Any] = {}
+        for options in reversed(given):
+            found |= {name: value for name, value in vars(options).items() if value is not None}
+        return TableOptions(**found)
 
     def _check_wide(self, table: Table) -> Iterator[Complaint]:
         if len(table.blocks) == 1:
@@ -190,7 +218,7 @@ def _table(base: str, asked: list[tuple[TableSet, str]], schema: Schema, config:
     features = tuple(dict.fromkeys(f for _, f in asked))
     columns = [schema.sparse[feature_of(f)] for f in features]
     own = f"{table_sets[0].name}_{base}"
-    options = config.tables.get(own) or config.tables.get(base) or TableOptions()
+    options = config.options(own, base)
     bound = options.init_bound if options.init_bound is not None else config.init_bound
     inner_dim = _inner_dim(columns[0].num_rows, table_sets[0].dim, options, config)
     return Table(

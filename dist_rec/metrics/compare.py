@@ -18,6 +18,8 @@ Mask = NDArray[np.bool_]
 
 MAX_UNITS = 20_000
 """More units than this are joined at random before they are resampled, so that the cost does not grow with the rows."""
+FEWEST_UNITS = 20
+"""With fewer there is no interval: replicates of a few units vary far less than another sample would."""
 LEVEL = 0.95
 """Of every interval."""
 _AT_ONCE = 50  # replicates in one matrix product
@@ -78,14 +80,16 @@ def ne_differences(
     The interval is that of a paired bootstrap (percentiles): units are drawn with replacement from those of all rows,
     the same ones for every run and cohort, so what makes a row hard for both runs cancels. NE's denominator, the
     entropy of a base rate, cancels in each replicate too: all of it is a ratio of sums of losses. A cohort without loss
-    in the baseline gives nan.
+    in the baseline gives nan; one whose loss lies with fewer than `FEWEST_UNITS` units has no interval (nan). Units are
+    counted by Kish's effective number, as one that outweighs all others leaves little of them.
 
     Args:
         runs: the logits of each, (n,). labels, weights: (n,). masks: cohort -> (n,).
         units: (n,) integers, what is resampled together, for example user ids; by default each row on its own. Rows of
             one user are not independent: intervals by row are then too narrow.
 
-    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapters 8 and 13.
+    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapters 8 and 13; Kish 1965, "Survey
+    Sampling", section 8.2.
     """
     y, w = np.asarray(labels, np.float64), np.asarray(weights, np.float64)
     base = w * row_losses(runs[0], y)
@@ -97,8 +101,9 @@ def ne_differences(
     result: dict[str, list[Difference]] = {}
     for i, name in enumerate(masks):
         here = slice(i * len(runs), (i + 1) * len(runs))
+        enough = _effective(sums[:, here.start]) >= FEWEST_UNITS
         result[name] = [
-            _difference(float(whole[1]) / float(whole[0]) if whole[0] else np.nan, ratio)
+            _difference(float(whole[1]) / float(whole[0]) if whole[0] else np.nan, ratio if enough else ratio[:0])
             for whole, ratio in _ratios(sums.sum(axis=0)[here], drawn[:, here])
         ]
     return result
@@ -113,6 +118,12 @@ def resampled_sums(sums: Array, replicates: int, seed: int = 0) -> Array:
         times = np.stack([np.bincount(draw, minlength=count) for draw in draws])
         parts.append(times @ sums)
     return np.concatenate(parts)
+
+
+def _effective(sums: Array) -> float:
+    """(u,) -> how many equal units would vary as much in their sum; 0 if there is nothing to sum."""
+    square = float(sums @ sums)
+    return float(sums.sum()) ** 2 / square if square else 0.0
 
 
 def _ratios(whole: Array, drawn: Array) -> list[tuple[Array, Array]]:

@@ -54,8 +54,9 @@ class Config:
 
     def check(self, schema: Schema) -> Iterator[Complaint]:
         """Complaints about the settings, with keys relative to `model`."""
-        if self.dim < 1:
-            yield Complaint("dim", f"is {self.dim}; an embedding has at least one column")
+        if self.dim < 2:
+            text = "a layer norms every feature over its columns, and of a single one nothing is left"
+            yield Complaint("dim", f"is {self.dim}; {text}: use at least 2")
         if not self.layers:
             yield Complaint("layers", "is empty; give at least one layer, for example [[attention_fm, linear]]")
         for i, modules in enumerate(self.layers):

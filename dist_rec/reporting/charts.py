@@ -41,6 +41,7 @@ from dist_rec.reporting.svg import (
 
 _WIDTH, _HEIGHT = 420, 260  # of the plotting area, unless it is asked to be small
 _SMALL_WIDTH, _SMALL_HEIGHT = 195, 150
+_ROWS_WIDTH = 340  # of row charts, so that two have room beside each other
 _LEFT, _TOP, _BOTTOM = 76, 52, 48
 _MOST_POINTS = 400  # of one line; more cannot be seen
 _LABEL = 44  # characters of a row's label
@@ -92,7 +93,7 @@ def line_chart(
             parts.append(path(drawn, fill="none", stroke=colour, stroke_width=1.8, stroke_dasharray=dash(i)))
         if 0 < len(drawn) <= 30:
             parts += [_dot(x, y, colour, f"{one.name}: {number(v)}") for (x, y), (_, v) in zip(drawn, ps, strict=True)]
-    keys = [Key(one.name, COLOURS[i % len(COLOURS)], dash(i)) for i, one in enumerate(lines)]
+    keys = [Key(one.name, COLOURS[i % len(COLOURS)], dash(i)) for i, one in enumerate(lines) if points[i]]
     return _with_legend(parts, [] if small else keys, title, frame)
 
 
@@ -147,11 +148,11 @@ def row_chart(
     ends = [v for row in rows for v in row.values] + [v for row in rows for i in row.intervals if i for v in i]
     ends += [0.0] if kind == "bars" else []
     bottom = _TOP + step * len(rows)
-    frame = Frame(Scale(*extent(ends), left, left + _WIDTH), Scale(0, len(rows), bottom, _TOP))
+    frame = Frame(Scale(*extent(ends), left, left + _ROWS_WIDTH), Scale(0, len(rows), bottom, _TOP))
     parts = [*heading(title, subtitle), *frame.axes(x_label, "", y_ticks=False)]
     for r, row in enumerate(rows):
         top = _TOP + r * step
-        parts.append(line(left, top + step, left + _WIDTH, top + step, stroke=FAINT))
+        parts.append(line(left, top + step, left + _ROWS_WIDTH, top + step, stroke=FAINT))
         parts.append(text(left - 8, top + step / 2 + 4, shortened(row.name, _LABEL), anchor="end"))
         for i, value in enumerate(row.values):
             interval = row.intervals[i] if i < len(row.intervals) else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_rec.metrics.compare import LEVEL, Difference
+from dist_rec.metrics.compare import FEWEST_UNITS, LEVEL, Difference
 from dist_rec.reporting import cohorts as cohort_pictures
 from dist_rec.reporting.charts import Line, Row, line_chart, row_chart
 from dist_rec.reporting.comparison import Comparison
@@ -115,7 +115,8 @@ def _how(compared: Comparison) -> str:
     return (
         f"NE difference: (NE - NE of {base}) / NE of {base}; negative is better, bold where the interval leaves out 0. "
         f"Intervals: paired bootstrap over {unit}, {compared.replicates:,} replicates, "
-        "percentiles; they say nothing of how another seed would train."
+        f"percentiles; none where fewer than {FEWEST_UNITS} {unit} carry the loss (effective number). They say nothing "
+        "of how another seed would train."
     )
 
 
@@ -129,7 +130,12 @@ def _metric_cells(compared: Comparison, run: int, cohort: str, first: str, both:
     if np.isnan(d.value):
         return [*cells, "–", "–"]
     clear = d.low > 0 or d.high < 0
-    return [*cells, Cell(f"{d.value:+.3%}", clear), Cell(f"{d.low:+.3%} to {d.high:+.3%}", clear)]
+    return [*cells, Cell(f"{d.value:+.3%}", clear), Cell(interval_in_words(d), clear)]
+
+
+def interval_in_words(d: Difference) -> str:
+    """Of a difference, in percent; a dash where there is none."""
+    return "–" if np.isnan(d.low) else f"{d.low:+.3%} to {d.high:+.3%}"
 
 
 def _parts(compared: Comparison) -> dict[str, list[str]]:

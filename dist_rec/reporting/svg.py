@@ -20,6 +20,7 @@ DASHES = ("", "7 3", "2 2", "8 3 2 3")
 INK, GREY, FAINT = "#222222", "#777777", "#dddddd"
 FONT = 12
 _NAME = 34  # characters of a name in a legend
+_TICK = 45  # room of a tick label of an x axis
 _CHARACTER = 0.58  # mean width of a character of the font, in units of its size
 
 
@@ -165,7 +166,7 @@ class Frame:
         """Grid, tick labels and axis titles."""
         left, right, bottom, top = self.x.start, self.x.end, self.y.start, self.y.end
         parts = []
-        for value in ticks(self.x.low, self.x.high):
+        for value in ticks(self.x.low, self.x.high, min(7, int((right - left) / _TICK))):
             at = self.x(value)
             parts += [line(at, top, at, bottom, stroke=FAINT), text(at, bottom + 16, number(value), anchor="middle")]
         for value in ticks(self.y.low, self.y.high, 6) if y_ticks else ():

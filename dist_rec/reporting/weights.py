@@ -34,7 +34,8 @@ def weights(folders: Sequence[RunFolder]) -> Section:
         series = [_recorded(folder, name) for folder in folders]
         shape = next(p["shape"] for one in series for _, p in one)
         parts.append(heading(f"{name}, {' x '.join(map(str, shape))}"))
-        parts.append(row([*_at_the_end(folders, series), *_over_training(folders, series)]))
+        # a row each, so that the pictures of the runs stand beside each other
+        parts += [row(_at_the_end(folders, series)), row(_over_training(folders, series))]
         parts.append(row(_curves(folders, series)))
     if len(names) > _MOST_PARAMETERS:
         parts.append(quiet(f"Not drawn: {', '.join(names[_MOST_PARAMETERS:])}; name fewer in report.weights."))

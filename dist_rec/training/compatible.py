@@ -1,4 +1,4 @@
-"""Which settings a run may change when it is continued: those that do not change what its parameters mean."""
+"""Which settings may differ from a checkpoint's: those that do not change what its parameters mean."""
 
 from __future__ import annotations
 
@@ -7,22 +7,30 @@ from typing import Any
 
 from dist_rec.training.checkpoint import CheckpointError
 
-_FIXED = (
-    "schema",
+_OF_PREDICTIONS = (
+    "schema.labels",
+    "schema.sparse",
+    "schema.dense",
+    "schema.groups",
+    "schema.items",
     "model",
     "embeddings.pooling",
     "embeddings.layout",
     "embeddings.inner_dim",
     "embeddings.factor_above",
-    "embeddings.train_projection",
     "embeddings.tables",
+)
+_OF_TRAINING = (
+    "schema.weight",
+    "embeddings.train_projection",
     "objective.name",
     "objective.cohorts",
     "optim.tables.name",
     "optim.dense.name",
 )
 # what a bad value does, the planner's estimates, and where a table lies may change; so may what metrics group by
-_FREE = {"on_null", "out_of_range", "fill", "max_length", "mean_length", "sharding", "kernel", "init_bound"}
+_FREE = {"on_null", "out_of_range", "on_missing", "fill", "max_length", "mean_length"}
+_FREE |= {"sharding", "kernel", "init_bound"}
 _FREE |= {"path"}  # where something was read from; what was read is compared
 
 
@@ -38,17 +46,30 @@ def check_compatible(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     auxiliaries = dict.fromkeys([*(saved.get("auxiliary") or {}), *(now.get("auxiliary") or {})])
     differing = {name: list(_changes(saved, now, f"auxiliary.{name}")) for name in auxiliaries}
     renewed = [name for name in now["checkpoint"]["renew"] if differing.get(name)]
-    changes = [change for key in _FIXED for change in _changes(saved, now, key)]
     refused = {name: lines for name, lines in differing.items() if lines and name not in renewed}
+    anew = f"; checkpoint.renew=[{','.join(refused)}] starts auxiliaries anew" if refused else ""
+    changes = [change for key in (*_OF_PREDICTIONS, *_OF_TRAINING) for change in _changes(saved, now, key)]
     changes += [line for lines in refused.values() for line in lines]
-    if changes:
-        listing = "\n".join(changes)
-        anew = f"; checkpoint.renew=[{','.join(refused)}] starts auxiliaries anew" if refused else ""
-        raise CheckpointError(
-            "the config differs from the checkpoint's in what its parameters mean:\n"
-            f"{listing}\n  Put these back to continue, or train anew in another run.dir{anew}"
-        )
+    _refuse(changes, f"Put these back to continue, or train anew in another run.dir{anew}")
     return renewed
+
+
+def check_same_model(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compares the config of a checkpoint with the one by which it would be used, and not trained any further.
+
+    Parameters say too little of that: a mean looks like a sum, and two columns of one width like each other.
+
+    Raises:
+        CheckpointError: naming every setting that would change the predictions.
+    """
+    changes = [change for key in _OF_PREDICTIONS for change in _changes(saved, now, key)]
+    _refuse(changes, "Put these back, or correct run.dir; the config.yaml in a run's folder has all its settings")
+
+
+def _refuse(changes: list[str], fix: str) -> None:
+    if changes:
+        text = "the config differs from the checkpoint's in what its parameters mean:"
+        raise CheckpointError("\n".join([text, *changes, f"  {fix}"]))
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], key: str) -> Iterator[str]:
@@ -77,6 +98,10 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]
     common = [name for name in old if name in new]
     if path.startswith("schema.") and common != [name for name in new if name in old]:
         yield f"{path} (order)", list(old), list(new)
+    # a policy of this kind has a row of the table, or parameters of each domain, of its own
+    before, after = ("reserved" in (of.get("out_of_range"), of.get("on_null")) for of in (old, new))
+    if before != after:
+        yield f"{path} (out_of_range or on_null: reserved)", before, after
     for name in dict.fromkeys([*old, *new]):
         if name not in _FREE:
             yield from _differences(old.get(name), new.get(name), f"{path}.{name}")

@@ -115,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--overrides", nargs="+", metavar="key=value", default=[], help="settings of every training")
     args = parser.parse_args(arguments)
     work = args.work.absolute()
-    for name in args.cases:
-        parts = prepare(name, args.data, work)[: args.folds]
+    prepared = {name: prepare(name, args.data, work)[: args.folds] for name in args.cases}
+    for name, parts in prepared.items():
         for model in args.models:
             case = CASES[name]._replace(overrides=(*CASES[name].overrides, *args.overrides))
             found = discover(case, model, parts[0], work / "discovery" / f"{name}-{model}")
@@ -167,8 +167,8 @@ def add_activity(part: Path) -> None:
     first = 0
     for split, table in tables.items():
         ids = table[ACTIVITY_OF].to_numpy()
-        # 0 stands for every id that is missing, or unseen in train
-        activity = np.where(ids == 0, 0, counts[np.minimum(ids, len(counts) - 1)] - (split == "train"))
+        # 0 stands for every id that is missing, or unseen in train: no other id lies beyond the counts
+        activity = np.where(ids == 0, 0, counts[ids] - (split == "train"))
         table = table.append_column("activity", pa.array(activity))
         table = table.append_column("row", pa.array(np.arange(first, first + len(table))))
         first += len(table)

@@ -9,8 +9,10 @@ and without `embeddings.inner_dim: k` and prints Markdown tables. A trial is kep
 criteo1tb_80k: five folds as in `real_data.py`, whose predictions are pooled; a seed is one pass over all five. lowrank:
 a synthetic set, see `write_lowrank`, where categories share planted directions; a seed draws the model, not the data.
 
-The learning rate of the tables is chosen alike for plain and two-layer tables: per set, model and k, at d = TUNED_DIM,
-the best NE of LEARNING_RATES on validation rows with a seed that the tables do not use.
+The learning rate of the tables is chosen alike for plain and two-layer tables: per set, model and k, at d = TUNED_DIM
+(or k, if that is less), the best NE on validation rows with a seed that the tables do not use. Where the least or the
+largest of LEARNING_RATES is the best, half or twice that is tried next, within RATE_LIMITS: an arm whose best rate lies
+outside of what was tried would be at a disadvantage.
 
 Tables: AUC and NE with 95 % intervals over seeds; differences to plain d, paired by seed; log loss by how often the
 rarest id of a row was seen in training; and for every d the smallest width at which MLET is no worse than plain d.
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
@@ -29,11 +32,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dist_rec.config import load
+from dist_rec.embeddings.tables import make_tables
 from dist_rec.metrics.binary import auc, log_loss, normalized_entropy
 from scripts.studies import real_data
 from scripts.studies.trials import SPLITS, Outcome, Trial, interval, outcomes
 
-LEARNING_RATES = (0.02, 0.05, 0.1, 0.2)
+LEARNING_RATES, RATE_LIMITS = (0.02, 0.05, 0.1, 0.2), (0.001, 5.0)
 TUNED_DIM, TUNING_SEED = 8, 1000
 PLAIN = 0  # the inner width that stands for a single layer
 RARITY = (1, 3, 11, 101)  # slices of rows by the training count of their rarest id: 1-2, 3-10, 11-100, more
@@ -81,16 +85,30 @@ def tune(
     name: str, model: str, inner: Sequence[int], parts: list[Path], work: Path, processes: int
 ) -> dict[int, float]:
     """k -> the learning rate of the tables with the least validation NE, mean over the folds."""
-    places = [(k, rate, part) for k in (PLAIN, *inner) for rate in LEARNING_RATES for part in parts]
-    trials = [
-        _trial(Arm(name, model, TUNED_DIM, k), rate, TUNING_SEED, part, split="validation")
-        for k, rate, part in places
-        if k in (PLAIN, *(w for w in inner if w >= TUNED_DIM))
-    ]
-    found: dict[tuple[int, float], list[float]] = {}
-    for (k, rate, _), outcome in zip(places, outcomes(trials, work, processes), strict=True):
-        found.setdefault((k, rate), []).append(outcome.metrics["ne"])
-    return {k: min(LEARNING_RATES, key=lambda rate: float(np.mean(found[k, rate]))) for k in (PLAIN, *inner)}
+    tried: dict[int, dict[float, float]] = {k: {} for k in (PLAIN, *inner)}
+    wanted: dict[int, Sequence[float]] = dict.fromkeys(tried, LEARNING_RATES)
+    while places := [(k, rate) for k, rates in wanted.items() for rate in rates]:
+        trials = [tuning_trial(name, model, k, rate, part) for k, rate in places for part in parts]
+        found = [outcome.metrics["ne"] for outcome in outcomes(trials, work, processes)]
+        means = np.reshape(found, (len(places), len(parts))).mean(axis=1)
+        for (k, rate), ne in zip(places, means, strict=True):
+            tried[k][rate] = float(ne)
+        wanted = {k: beyond(by_rate) for k, by_rate in tried.items()}
+    return {k: min(by_rate, key=by_rate.__getitem__) for k, by_rate in tried.items()}
+
+
+def beyond(tried: dict[float, float]) -> tuple[float, ...]:
+    """The next rate to try, if the best of those tried (rate -> NE) is the least or the largest of them."""
+    best = min(tried, key=tried.__getitem__)
+    found = [best / 2] if best == min(tried) else []
+    found += [best * 2] if best == max(tried) else []
+    return tuple(rate for rate in found if RATE_LIMITS[0] <= rate <= RATE_LIMITS[1])
+
+
+def tuning_trial(name: str, model: str, k: int, rate: float, part: Path) -> Trial:
+    """By which a learning rate is judged for an inner width."""
+    d = TUNED_DIM if k == PLAIN else min(TUNED_DIM, k)
+    return _trial(Arm(name, model, d, k), rate, TUNING_SEED, part, split="validation")
 
 
 def grid(
@@ -132,11 +150,14 @@ def rarest(part: Path, features: Sequence[str]) -> np.ndarray:
 
 def _trial(arm: Arm, rate: float, seed: int, part: Path, split: str = "test") -> Trial:
     card = real_data.card(arm.set, arm.model)
-    batch = real_data.RANKS * load(str(card)).data.batch_size  # the cards are for 2 ranks, a trial has one
+    config = load(str(card))
+    batch = real_data.RANKS * config.data.batch_size  # the cards are for 2 ranks, a trial has one
     overrides = [f"model.dim={arm.d}", f"optim.tables.lr={rate}", f"run.seed={seed}", f"data.batch_size={batch}"]
     overrides += [f"embeddings.inner_dim={arm.k}"] if arm.k != PLAIN else []
     # fused kernels need widths that are multiples of 4; data-parallel tables train alike, only slower
-    overrides += ["embeddings.sharding=data_parallel"] if (arm.k or arm.d) % 4 else []
+    sets = replace(config.model, dim=arm.d).table_sets(config.schema)
+    tables = make_tables(sets, config.schema, replace(config.embeddings, inner_dim=arm.k or None))
+    overrides += [f"embeddings.tables.{t.name}.sharding=data_parallel" for t in tables if t.width % 4]
     return Trial(card, tuple(overrides), part, split)
 
 

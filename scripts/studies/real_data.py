@@ -74,9 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--overrides", nargs="+", metavar="key=value", default=[], help="settings of every training")
     args = parser.parse_args(arguments)
     args.work = args.work.absolute()  # the jobs run in the repository's root
-    missing = [str(args.data / SETS[name].file) for name in args.sets if not (args.data / SETS[name].file).is_file()]
-    if missing:
-        raise SystemExit(f"error: {missing[0]} does not exist; give the folder of the data sets with --data")
+    for name in args.sets:
+        source(name, args.data)
     results: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
     for name in args.sets:
         parts = prepare(name, args.data, args.work / name)
@@ -97,13 +96,21 @@ def card(name: str, model: str) -> Path:
     return ROOT / "configs" / name / f"{model}.yaml"
 
 
+def source(name: str, data: Path) -> Path:
+    """The file of a data set; ends the program with its path if it is not there."""
+    file = data / SETS[name].file
+    if not file.is_file():
+        raise SystemExit(f"error: {file} does not exist; give the folder of the data sets with --data")
+    return file
+
+
 def prepare(name: str, data: Path, folder: Path) -> list[Path]:
     """Writes the splits of a data set under `folder`; returns the folders with train, validation and test in them.
 
     Only the columns of the schema are written: what is no feature there (the rating behind the label) stays out.
     """
     config = load(str(card(name, MODELS[0])))
-    rows = pq.read_table(data / SETS[name].file, columns=config.schema.columns())
+    rows = pq.read_table(source(name, data), columns=config.schema.columns())
     return write_parts(rows, SETS[name].split, folder, config)
 
 

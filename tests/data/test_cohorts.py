@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ def test_cells_are_those_of_numpys_searchsorted() -> None:
         found = Axis("a", tuple(edges)).cells(torch.from_numpy(values))
         assert found.tolist() == np.searchsorted(edges, values, side="right").tolist()
     assert Axis("a").cells(torch.tensor([4, -1])).tolist() == [4, -1]
+
+
+def test_cells_of_one_group_among_several_come_without_a_warning() -> None:
+    values = torch.arange(6).view(3, 2)[:, 1]
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert Axis("a", (3,)).cells(values).tolist() == [0, 1, 1]
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_cells_of_large_ids_are_exact() -> None:

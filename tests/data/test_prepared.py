@@ -96,7 +96,7 @@ def test_what_is_left_out_and_extra_splits(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "out" / "test")["s"].to_pylist() == [0], "unseen in training"
     assert not (tmp_path / "out" / "none").exists()
     text = (tmp_path / "out" / "schema.yaml").read_text()
-    assert "# The files have the labels z too: declare them under `labels`." in text
+    assert "# The files have the labels z too, which are not declared; a config adds one as `schema.labels.z:" in text
     config = yaml.safe_load(text)
     assert config["data"]["train"] == str(tmp_path / "out" / "train")
     # of ln 2 and, in place of the null, 0

@@ -22,7 +22,7 @@ def component(*overrides: str, config: str, ranks: int = 2) -> specs.AppDef:
         config: folder to write to
         ranks: processes
     """
-    return components._ddp("tests.launch.probe", overrides, config, ranks, nodes=1, env=None, memMB=512)
+    return components._ddp("tests.launch.probe", overrides, ranks, nodes=1, env=None, config=config, memMB=512)
 
 
 def main() -> None:

@@ -18,6 +18,11 @@ from torchx.specs import AppDef
 from launch import components
 
 ROOT = Path(__file__).parents[2]
+PLACES = {
+    "train": {"config": "c.yaml"},
+    "evaluate": {"config": "c.yaml"},
+    "cohorts": {"run": "runs/a $b", "data": "in/*.parquet"},
+}
 OVERRIDES = ["run.dir=runs/a b", "data.train=in/*.parquet", "run.name=${run.seed}$x"]
 
 
@@ -39,10 +44,10 @@ def rank_arguments(app: AppDef) -> list[str]:
     return [parsed.training_script, *parsed.training_script_args]
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate"])
+@pytest.mark.parametrize("verb", list(PLACES))
 def test_ranks_get_the_arguments_that_torchrun_would_pass(verb: str) -> None:
-    by_hand = get_args_parser().parse_args(["-m", f"dist_rec.{verb}", "c.yaml", *OVERRIDES])
-    app = getattr(components, verb)(*OVERRIDES, config="c.yaml", ranks=2)
+    by_hand = get_args_parser().parse_args(["-m", f"dist_rec.{verb}", *PLACES[verb].values(), *OVERRIDES])
+    app = getattr(components, verb)(*OVERRIDES, **PLACES[verb], ranks=2)
     assert rank_arguments(app) == [by_hand.training_script, *by_hand.training_script_args]
 
 
@@ -60,7 +65,7 @@ def test_the_environment_of_one_app_does_not_leak_into_the_next() -> None:
     assert before == components.ENV
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate"])
+@pytest.mark.parametrize("verb", list(PLACES))
 def test_torchx_reads_the_components(verb: str) -> None:
     ComponentTestCase().validate(components, verb)
 

@@ -112,6 +112,24 @@ def test_units_are_drawn_whole() -> None:
     assert (by_user.high - by_user.low) / (by_row.high - by_row.low) == pytest.approx(2, rel=0.15)
 
 
+@pytest.mark.parametrize(("units", "has_interval"), [(25, True), (19, False), (1, False)])
+def test_few_units_have_a_difference_and_no_interval(units: int, has_interval: bool) -> None:
+    base, run, y = draw(0, 1000)
+    base = np.where(y == 1, -1.0, 1.0) * np.abs(base[0])  # every row has the same loss, every unit as many rows
+    masks = {"all": np.full(1000, True)}
+    found = ne_differences([base, run], y, np.ones(1000), masks, units=np.arange(1000) % units)["all"][0]
+    assert math.isfinite(found.value)
+    assert math.isnan(found.low) == math.isnan(found.high) == (not has_interval)
+
+
+def test_a_unit_that_outweighs_all_others_leaves_no_interval() -> None:
+    """As where many users have one id, that of users who are not known."""
+    base, run, y = draw(0, 1000)
+    users = np.where(np.arange(1000) < 800, 0, np.arange(1000))
+    found = ne_differences([base, run], y, np.ones(1000), {"all": np.full(1000, True)}, units=users)["all"][0]
+    assert math.isfinite(found.value) and math.isnan(found.low) and math.isnan(found.high)
+
+
 def test_more_units_than_are_drawn_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     base, run, y = draw(0, 6000)
     masks = {"all": np.full(6000, True)}

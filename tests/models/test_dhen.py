@@ -119,6 +119,7 @@ def test_each_layer_has_the_modules_it_names_and_diagnostics_find_them_by_name()
     ("config", "key", "words"),
     [
         (Config(dim=0), "dim", "is 0"),
+        (Config(dim=1), "dim", "is 1; a layer norms every feature over its columns"),
         (Config(layers=[]), "layers", "is empty"),
         (Config(layers=[["dot"], []]), "layers[1]", "is []"),
         (Config(layers=[["dot", "dot"]]), "layers[0]", "different"),

@@ -1,4 +1,4 @@
-"""BCE against numbers computed by hand, and its independence of the number of ranks."""
+"""BCE against numbers computed by hand, and its independence of the number of ranks; the mean by domain."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from dist_rec.contract import ArchOutput
 from dist_rec.data.batch import Batch
 from dist_rec.data.schema import LabelColumn, Schema, SparseColumn
 from dist_rec.objectives.bce import Config
+from dist_rec.recommender import build
+from tests.domains import ROWS, one_domain_per_rank, settings
+from tests.examples import global_batch
 
 
 def make_schema(**labels: LabelColumn) -> Schema:
@@ -78,3 +81,23 @@ def test_refuses_real_labels_and_unknown_or_bad_factors() -> None:
     found = {c.key: c.text for c in Config(label_weights={"by": 1.0, "buy": -1.0}).check(SCHEMA)}
     assert "known: click, buy" in found["label_weights.by"]
     assert "is -1.0" in found["label_weights.buy"]
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_every_domain_weighs_the_same(labels: int) -> None:
+    groups = {"domain": {"column": "domain", "num_ids": 4}}
+    objective = {"name": "bce", "mean_by": "domain", "label_weights": {"click": 0.5}}
+    schema = {"labels": dict.fromkeys(["click", "buy"][:labels]), "groups": groups}
+    run = settings("shared_bottom", schema=schema, objective=objective)
+    batch = one_domain_per_rank(global_batch(run.schema, 0, ROWS))
+    batch.weights[:5] = 2.0
+    model, _ = build(run, table_device="cpu")
+    loss, left = model(batch)
+    expected, factors = 0.0, torch.tensor([0.5, 1.0][:labels])
+    for s in range(4):
+        here = (batch.groups["domain"] == s) & (batch.weights > 0)
+        if here.any():  # nobody is in domain 3
+            z, y = left.predictions[here].double(), batch.labels[here].double()
+            rows = torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="none") * factors
+            expected += float((batch.weights[here] * rows.sum(1)).sum() / here.sum())
+    assert loss.item() == pytest.approx(expected, rel=1e-5)

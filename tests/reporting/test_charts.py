@@ -80,6 +80,12 @@ def test_lines_lie_where_the_axes_say() -> None:
     assert len(list(elements(picture, "circle", fill=COLOURS[1]))) == 1
 
 
+def test_the_legend_leaves_out_what_has_no_line() -> None:
+    picture = line_chart("t", [Line("silent", [], []), Line("said", [0.0, 1.0], [0.0, 1.0])], "x", "y")
+    assert "said" in words(picture) and "silent" not in words(picture)
+    assert [p.get("stroke") for p in elements(picture, "path")] == [COLOURS[1]], "a run keeps its colour"
+
+
 def test_long_lines_are_thinned_but_keep_their_ends() -> None:
     x = np.arange(10_000.0)
     picture = line_chart("t", [Line("a", x.tolist(), x.tolist())], "x", "y")

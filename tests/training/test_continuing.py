@@ -13,6 +13,7 @@ import pytest
 from dist_rec.config import from_mapping
 from dist_rec.settings import ConfigError
 from dist_rec.training.checkpoint import CheckpointError, find
+from dist_rec.training.compatible import check_same_model
 from tests.ranks import run_ranks
 from tests.runs import merged, reports, train_all, values, write
 
@@ -111,6 +112,8 @@ def test_what_changes_the_meaning_of_parameters_is_refused_and_the_folder_kept(d
         merged(on, {"model": {"dim": 16}}),
         merged(on, {"embeddings": {"pooling": "mean"}, "schema": {"dense": {"d0": {"mean": 5.0}}}}),
         merged(on, {"optim": {"tables": {"name": "sgd"}}}),
+        merged(on, {"schema": {"groups": {"domain": {"out_of_range": "reserved"}}}}),
+        merged(on, {"schema": {"sparse": {"item": {"on_null": "reserved"}}}}),
     ]
     columns = {"sparse": {"user": {"out_of_range": "hash"}}, "groups": {"user": {"column": "item"}}}
     allowed = merged(on, {"optim": {"tables": {"lr": 0.5}}, "schema": columns})
@@ -123,9 +126,38 @@ def test_what_changes_the_meaning_of_parameters_is_refused_and_the_folder_kept(d
     assert "model.dim: 8 -> 16" in said_of[0]
     assert "schema.dense.d0.mean: 0.0 -> 5.0" in said_of[1] and "embeddings.pooling: sum -> mean" in said_of[1]
     assert "optim.tables.name: rowwise_adagrad -> sgd" in said_of[2]
+    for text, column in zip(said_of[3:], ("groups.domain", "sparse.item"), strict=True):
+        assert f"schema.{column} (out_of_range or on_null: reserved): False -> True" in text
     assert all("another run.dir" in text for text in said)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     assert run_ranks(_attempts, 1, [allowed])[0] == ["trained"]
+
+
+def test_weights_are_used_by_a_config_that_treats_bad_values_and_rows_otherwise():
+    """But not by one that would read another thing into them, though it has as many of them."""
+    saved = {
+        "schema": {
+            "items": {"feature": "item", "on_missing": "error"},
+            "sparse": {"item": {"num_ids": 9, "out_of_range": "error"}, "user": {"num_ids": 9}},
+            "weight": None,
+        },
+        "embeddings": {"inner_dim": 8},
+        "optim": {"tables": {"name": "adam"}},
+        "auxiliary": {"covariance": {"alpha": 1.0}},
+    }
+    sparse = {"item": {"out_of_range": "hash"}}
+    schema = {"items": {"on_missing": "empty"}, "sparse": sparse, "weight": {"column": "w"}}
+    other = merged(saved, {"schema": schema, "optim": {"tables": {"name": "sgd"}}})
+    check_same_model(saved, {**other, "auxiliary": {}})
+    turned = {**saved["schema"], "sparse": dict(reversed(saved["schema"]["sparse"].items()))}
+    for changed, key in (
+        ({"schema": {"items": {"feature": "user"}}}, "schema.items.feature: item -> user"),
+        ({"embeddings": {"inner_dim": None}}, "embeddings.inner_dim: 8 -> nothing"),
+    ):
+        with pytest.raises(CheckpointError, match=key):
+            check_same_model(saved, merged(saved, changed))
+    with pytest.raises(CheckpointError, match=r"schema.sparse \(order\)"):
+        check_same_model(saved, {**saved, "schema": turned})
 
 
 def test_an_order_of_columns_that_would_swap_their_tables_is_refused(data, tmp_path):

@@ -11,7 +11,8 @@ Columns: `click`, `conversion`, and f<field> for the 18 fields with one value fo
 121, 122, 124 .. 129; of the item 205 (id), 206, 207, 216; of both 508, 509, 702, 853; and `domain`, field 301, its
 values in order. Values of features (logarithms of counts) are not read, nor are the fields with many values (109_14,
 110_14, 127_14, 150_14, 210): the AITM and Scenario-Wise-Rec preprocessing is the source of this choice. Label:
-`click`; `conversion` is written too.
+`click`, on which the multi-domain models are compared. `conversion` is written too; a config declares it with
+schema.labels.conversion={}. It is one of all impressions then, a click with a purchase after it (CTCVR).
 
 Split: the train file is training; the test file, which is later, is halved at random, by a hash of the sample id,
 into validation and test, as Scenario-Wise-Rec does. Samples with a conversion and no click contradict themselves and

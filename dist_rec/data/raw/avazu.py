@@ -54,10 +54,12 @@ def open_log(raw: Path) -> RawLog:
 def _day(rows: Rows) -> np.ndarray:
     """(n,) YYMMDD of each row."""
     hours = rows.numbers("hour")
-    day, month = hours // 100 % 100, hours // 10_000 % 100
-    good = (hours % 100 < 24) & (day >= 1) & (day <= 31) & (month >= 1) & (month <= 12) & (hours < 10**8)
+    day, month = hours // 100, hours // 10_000 % 100
+    good = (hours % 100 < 24) & (month >= 1) & (month <= 12) & (hours >= 0) & (hours < 10**8)
+    # day 0 and the 31st of a short month lie in the month beside it
+    good &= _dates(day).astype("datetime64[M]") == _months(day)
     rows.refuse(~good, "hour", "YYMMDDHH")
-    return hours // 100
+    return day
 
 
 def _blocks(path: Path, days: Days) -> Iterator[Block]:
@@ -70,9 +72,16 @@ def _blocks(path: Path, days: Days) -> Iterator[Block]:
         yield Block(days.split(day), columns | {name: rows.column(name) for name in INTEGERS})
 
 
+def _months(day: np.ndarray) -> np.ndarray:
+    """(n,) YYMMDD -> (n,) months, datetime64[M]."""
+    return ((day // 10_000 + 30) * 12 + day // 100 % 100 - 1).astype("datetime64[M]")
+
+
+def _dates(day: np.ndarray) -> np.ndarray:
+    """(n,) YYMMDD -> (n,) datetime64[D]."""
+    return _months(day).astype("datetime64[D]") + (day % 100 - 1)
+
+
 def _weekday(day: np.ndarray) -> np.ndarray:
     """(n,) YYMMDD -> (n,) 0 .. 6, 0 is Monday."""
-    distinct, place = np.unique(day, return_inverse=True)
-    dates = [f"20{d // 10_000:02d}-{d // 100 % 100:02d}-{d % 100:02d}" for d in distinct.tolist()]
-    # 1970-01-01 was a Thursday
-    return ((np.array(dates, "datetime64[D]").astype(np.int64) + 3) % 7)[place]
+    return (_dates(day).astype(np.int64) + 3) % 7  # 1970-01-01 was a Thursday

@@ -42,7 +42,7 @@ def open_log(raw: Path) -> RawLog:
         cuts, about = (0, half), f"Criteo Terabyte, {len(days)} days; {last.name} is halved into validation and test."
         rows = None
     else:
-        train, last = [], find(raw, "train.txt")
+        train, last = [], find(raw, "train.txt", "day_0")  # the latter for the message: there is none
         total = count_lines(last)
         first = total * 6 // 7
         cuts, about = (first, first + (total - first) // 2), "Criteo Kaggle; 6/7 of the rows, in order of time, train."
@@ -51,7 +51,7 @@ def open_log(raw: Path) -> RawLog:
 
 
 def _days(raw: Path) -> list[Path]:
-    names = sorted({p.name.removesuffix(".gz") for p in raw.glob("day_*")}) if raw.is_dir() else []
+    names = {p.name.removesuffix(".gz") for place in (raw, raw / "data") for p in place.glob("day_*")}
     numbers = sorted(int(name[4:]) for name in names if re.fullmatch(r"day_\d+", name))
     if len(numbers) == 1:
         raise DataError(f"{raw}: has day_{numbers[0]} alone; the last day is for validation and test: add another day")

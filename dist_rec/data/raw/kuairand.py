@@ -14,7 +14,7 @@ video_features_statistic_1k.csv is not read: its means are over the whole month,
 
 Domains: the five tabs with the most rows, in the order of their numbers, as the Scenario-Wise-Rec benchmark has them;
 rows of other tabs are left out. That benchmark counts 2,407,352, 7,760,237, 895,385, 402,366 and 183,403 rows. Label:
-`is_click`; `is_like` and `long_view` are written too and can be declared as labels.
+`is_click`; `is_like` and `long_view` are written too, and a config declares one with schema.labels.is_like={}.
 
 Split, by time: the first days with 80 % of the rows of these tabs are training, those up to 90 % validation, the rest
 test. The random log is a split of its own, `random`, which no model should be trained on. (The benchmark splits at

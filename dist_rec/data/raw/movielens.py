@@ -37,7 +37,7 @@ GENRES_100K = (
 )  # fmt: skip
 PROFILE = ("gender", "age", "occupation", "zip")
 SECONDS_PER_DAY = 86_400
-PUBLISHED_ROWS = {"MovieLens-100K": 100_000, "MovieLens-1M": 1_000_209}
+PUBLISHED_ROWS = {"MovieLens-100K": 100_000, "MovieLens-1M": 1_000_209, "MovieLens-10M": 10_000_054}
 _USER_100K = ("user", "age", "gender", "occupation", "zip")
 _USER_1M = ("user", "gender", "age", "occupation", "zip")
 _MOVIE_100K = ("movie", "title", "release", "video_release", "url", *GENRES_100K)

@@ -113,7 +113,8 @@ def test_criteo_kaggle(tmp_path: Path, name: str) -> None:
 def test_criteo_terabyte(tmp_path: Path) -> None:
     sparse, dense = [f"c{i}" for i in range(1, 27)], [f"i{i}" for i in range(1, 14)]
     # day_10 comes after day_2: numbers, not text
-    days = {n: _hex(files.criteo(tmp_path / "raw" / f"day_{n}.gz", 90, seed=n), sparse) for n in (2, 10, 1)}
+    folder = {2: "raw", 10: "raw", 1: "raw/data"}
+    days = {n: _hex(files.criteo(tmp_path / place / f"day_{n}.gz", 90, seed=n), sparse) for n, place in folder.items()}
     found = prepared("criteo", tmp_path / "raw", tmp_path / "out")
     expected = {"train": days[1] + days[2], "validation": days[10][:45], "test": days[10][45:]}
     check(found, expected, tmp_path / "out", sparse=sparse, dense=dense)
