@@ -108,7 +108,10 @@ def _run(task: tuple[Trial, Path]) -> str:
     except BaseException:  # noqa: BLE001 - shown by the parent, with the trial
         return traceback.format_exc()
     shutil.rmtree(run / "checkpoints")
-    run.rename(final)
+    if final.exists():  # another study with the same work folder was faster
+        shutil.rmtree(run)
+    else:
+        run.rename(final)
     return ""
 
 
