@@ -163,8 +163,12 @@ def test_of_two_set_ups_at_once_one_builds_and_the_other_waits(folder: Path) -> 
     assert asked(folder).count("venv") == 1
 
 
-def test_the_cpu_wheel_is_looked_for_in_three_places(folder: Path) -> None:
-    absent = "ERROR: No matching distribution found for torch==2.13.0+cpu"
+ABSENT = "ERROR: No matching distribution found for torch==2.13.0+cpu"
+ABSENT_UNDER_CONSTRAINTS = "ERROR: ResolutionImpossible: for help visit"  # a constraints file names torch too
+
+
+@pytest.mark.parametrize("absent", [ABSENT, ABSENT_UNDER_CONSTRAINTS])
+def test_the_cpu_wheel_is_looked_for_in_three_places(folder: Path, absent: str) -> None:
     done = setup(folder, "cpu", PIP_FAILS=r"\+cpu", PIP_SAYS=absent, TORCH_CPU_INDEX="https://wheels.example/cpu")
     assert done.returncode == 0
     configured, index, plain = asked(folder)[1:4]
