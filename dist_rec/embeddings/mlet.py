@@ -96,6 +96,22 @@ class _Column(NamedTuple):
     served: slice
 
 
+class _Packing(NamedTuple):
+    """Which of the B bags of each feature are filled here: these lie at the front, in order, the others nowhere.
+
+    rows: per feature, the bags that are filled. places: (F, B), 1 + where each bag lies, 0 if it is empty.
+    """
+
+    rows: list[Tensor]
+    places: Tensor
+
+    @classmethod
+    def of(cls, lengths: Tensor) -> _Packing:
+        """lengths: (F, B) ids in each bag."""
+        is_filled = lengths > 0
+        return cls([row.nonzero().squeeze(1) for row in lengths], is_filled.cumsum(1) * is_filled)
+
+
 class _LookupHooks:
     """What happens around the lookup of one rank: `pack` before it, `project` after it.
 
@@ -113,24 +129,24 @@ class _LookupHooks:
             inner, served = inner + width, served + out
         self._width = served
         self._here = list(dict.fromkeys(name for name, _ in tables if name in projections))
-        self._rows: list[Tensor] | None = None
+        self._packing: _Packing | None = None
 
     def pack(self, _: nn.Module, args: tuple) -> tuple | None:
         """The features without the bags that are empty here; `project` puts the others back in their place."""
         features: KeyedJaggedTensor = args[0]
-        self._rows = None
+        self._packing = None
         if not self._here or features.variable_stride_per_key():
             return None
         keys, batch = features.keys(), features.stride()
         lengths = features.lengths().view(len(keys), batch)
-        rows = [row.nonzero().squeeze(1) for row in lengths]
-        longest = max(1, *map(len, rows))
+        packing = _Packing.of(lengths)
+        longest = max(1, *map(len, packing.rows))
         if longest > _MOSTLY_FILLED * batch:
             return None
         packed = lengths.new_zeros(len(keys), longest)
-        for target, row, filled in zip(packed, lengths, rows, strict=True):
+        for target, row, filled in zip(packed, lengths, packing.rows, strict=True):
             target[: len(filled)] = row.index_select(0, filled)
-        self._rows, self._batch = rows, batch
+        self._packing = packing
         # ids and weights stay as they are: an empty bag has none
         return (
             KeyedJaggedTensor(
@@ -146,14 +162,13 @@ class _LookupHooks:
 
     def project(self, _: nn.Module, args: tuple, pooled: Tensor) -> Tensor:
         """pooled: (B, sum of inner widths) -> (B, sum of served widths); both flat with batch sizes per feature."""
-        rows, self._rows = self._rows, None
+        packing, self._packing = self._packing, None
         second = {name: _scaled(w, self._scale) for name, w in self._projections.items()}
         if self._here and args[0].variable_stride_per_key():
             return self._touching(self._project_ragged(args[0], pooled, second), second)
         if not self._here:
             return self._touching(pooled, second)
-        shape = (pooled.shape[0] if rows is None else self._batch, self._width)
-        return _Product.apply(pooled, self._columns, rows, shape, list(second), *second.values())
+        return _Product.apply(pooled, self._columns, packing, self._width, list(second), *second.values())
 
     def _touching(self, product: Tensor, second: Mapping[str, Tensor]) -> Tensor:
         """The same values, with every second layer in their graph, see `_Product`."""
@@ -190,26 +205,28 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         pooled: Tensor,
         columns: list[_Column],
-        rows: list[Tensor] | None,
-        shape: tuple[int, int],
+        packing: _Packing | None,
+        width: int,
         names: list[str],
         *second: Tensor,
     ) -> Tensor:
-        """pooled: (P, sum of inner widths). rows: per feature, which rows of the result its first rows belong to,
-        the others being zero; None: to all, in order. names: of the tables of `second`. Returns `shape`."""
-        ctx.columns, ctx.rows, ctx.names = columns, rows, names
+        """pooled: (P, sum of inner widths), P = B unless packed. names: whose `second` are. Returns (B, width)."""
+        ctx.columns, ctx.packing, ctx.names = columns, packing, names
         ctx.save_for_backward(pooled, *second)
         layers = dict(zip(names, second, strict=True))
-        result = pooled.new_empty(shape) if rows is None else pooled.new_zeros(shape)
+        result = pooled.new_empty(len(pooled) if packing is None else packing.places.shape[1], width)
         for f, (table, inner, served) in enumerate(columns):
-            w2 = layers.get(table)
-            if rows is not None:
-                part = pooled[: len(rows[f]), inner]
-                result[:, served].index_copy_(0, rows[f], part if w2 is None else part @ w2)
+            w2, out = layers.get(table), result[:, served]
+            if packing is not None:
+                # gathered from behind a row of zeros: scattering the rows took three times as long
+                part = pooled[: len(packing.rows[f]), inner]
+                products = pooled.new_empty(len(part) + 1, out.shape[1])
+                products[0], products[1:] = 0, part if w2 is None else part @ w2
+                out.copy_(products.index_select(0, packing.places[f]))
             elif w2 is None:
-                result[:, served] = pooled[:, inner]
+                out.copy_(pooled[:, inner])
             else:
-                torch.mm(pooled[:, inner], w2, out=result[:, served])
+                torch.mm(pooled[:, inner], w2, out=out)
         return result
 
     @staticmethod
@@ -218,18 +235,21 @@ class _Product(torch.autograd.Function):
         """gradient: (B, sum of served widths)."""
         pooled, *second = ctx.saved_tensors
         layers = dict(zip(ctx.names, second, strict=True))
+        # on CPU a product with a matrix that lies transposed in memory is slower, by more than the copy costs
+        transposed = {name: w.t().contiguous() for name, w in layers.items()}
         trained = any(ctx.needs_input_grad[5:])
         of_pooled = torch.empty_like(pooled)
         of_second = {name: torch.zeros_like(w) for name, w in layers.items()} if trained else {}
         for f, (table, inner, served) in enumerate(ctx.columns):
             part, count = gradient[:, served], len(pooled)
-            if ctx.rows is not None:
-                part, count = part.index_select(0, ctx.rows[f]), len(ctx.rows[f])
+            if ctx.packing is not None:
+                rows = ctx.packing.rows[f]
+                part, count = part.index_select(0, rows), len(rows)
                 of_pooled[count:, inner] = 0
             if table not in layers:
                 of_pooled[:count, inner] = part
                 continue
-            torch.mm(part, layers[table].t(), out=of_pooled[:count, inner])
+            torch.mm(part, transposed[table], out=of_pooled[:count, inner])
             if trained:  # the wide matrix is read as it lies in memory
                 of_second[table] += (part.t() @ pooled[:count, inner]).t()
         return (of_pooled, None, None, None, None, *(of_second.get(name) for name in ctx.names))

@@ -11,7 +11,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dist_rec.embeddings.mlet import _LookupHooks, _Product
+from dist_rec.embeddings.mlet import _LookupHooks, _Packing, _Product
 
 TABLES = [("a", 5), ("plain", 3), ("b", 4), ("a", 5)]  # one per feature; the first and the last share one
 LAYERS = {"a": (5, 2), "b": (4, 3), "elsewhere": (6, 2)}
@@ -39,20 +39,22 @@ def test_every_feature_is_projected_by_its_tables_second_layer():
 def test_its_gradients(rows):
     """Also of the second layer of a table that this rank does not hold: zero, and not nothing."""
     hooks = _hooks(torch.float64)
-    index = None if rows is None else [torch.tensor(r, dtype=torch.long) for r in rows]
+    packing = None if rows is None else _Packing.of(torch.tensor([[b in r for b in range(5)] for r in rows]).int())
     pooled = torch.randn(5 if rows is None else 3, 17, dtype=torch.float64)
     # packed bags beyond a feature's own are empty: nothing depends on what they hold
     for f, row in enumerate(rows or []):
         pooled[len(row) :, hooks._columns[f].inner] = 0
     arguments = (pooled.requires_grad_(), *hooks._projections.values())
-    product = partial(_product, hooks, index)
+    product = partial(_product, hooks, packing)
     assert torch.autograd.gradcheck(product, arguments)
     product(*arguments).sum().backward()
     assert torch.equal(hooks._projections["elsewhere"].grad, torch.zeros(LAYERS["elsewhere"], dtype=torch.float64))
 
 
-def _product(hooks: _LookupHooks, rows: list | None, pooled: torch.Tensor, *layers: torch.Tensor) -> torch.Tensor:
-    return _Product.apply(pooled, hooks._columns, rows, (5, hooks._width), list(hooks._projections), *layers)
+def _product(
+    hooks: _LookupHooks, packing: _Packing | None, pooled: torch.Tensor, *layers: torch.Tensor
+) -> torch.Tensor:
+    return _Product.apply(pooled, hooks._columns, packing, hooks._width, list(hooks._projections), *layers)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
