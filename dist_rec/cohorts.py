@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from dist_rec.config import RunConfig, from_mapping, read, split_options
@@ -155,6 +156,7 @@ class _Search:
         choice = choose(divisions)
         if choice is None:
             raise ConfigError([Complaint("min_mass", self._too_small(divisions))])
+        self._check_spread(choice.division)
         found = to_mapping(choice, divisions, self.bins, self.options.divergence) | self._identity()
         if self.runtime.is_main:
             self._write(found)
@@ -198,6 +200,15 @@ class _Search:
             min_rows=least,
             min_positives=options.min_positives,
         )
+
+    def _check_spread(self, division: Division) -> None:
+        """ConfigError if all rows are in one bin: no cohort differs from another, and any choice would be a chance."""
+        whole = np.sum([cohort.histogram for cohort in [*division.cohorts, *division.others]], axis=0)
+        if np.count_nonzero(whole) < 2:
+            centre = self.bins.centres[int(whole.argmax())]
+            text = f"is {self.bins.low} and high is {self.bins.high}, and all predicted log-odds are in the one bin at "
+            text += f"{centre:g} or beyond that end; set low and high around them, raise bins, or train the run further"
+            raise ConfigError([Complaint("low", text)])
 
     def _too_small(self, divisions: Sequence[Division]) -> str:
         options = self.options

@@ -46,6 +46,7 @@ split=test               train, validation or test (default: test), by the basel
 data=PATH                evaluate other files instead
 cohorts=FILE             what dist-rec cohorts wrote (default: cohorts.json in the baseline's folder, if it is there)
 axes=domain,age:10       groups of the schema along which metrics are divided too; see dist-rec cohorts --help
+max_values=100           an axis that is taken by value has at most this many
 unit=user                a group whose rows are resampled together: rows of one user are not independent; one in
                          which the unknown do not share a value (default: rows)
 replicates=1000 seed=0   of the bootstrap
@@ -55,8 +56,6 @@ run.device=cpu           keys with a dot override the config of every run
 
 On several ranks:  torchrun --nproc-per-node 2 -m dist_rec.report RUN [RUN ...] [key=value ...]
 """
-
-_MAX_VALUES = 100  # of an axis that is taken by value
 
 
 @dataclass
@@ -68,6 +67,7 @@ class ReportOptions:
     data: str | None = None
     cohorts: str | None = None
     axes: str | list[str] | None = None
+    max_values: int = 100
     unit: str | None = None
     replicates: int = 1000
     seed: int = 0
@@ -78,6 +78,8 @@ class ReportOptions:
         """Complaints about the options alone."""
         if self.baseline is not None and _resolved(self.baseline) not in map(_resolved, runs):
             yield Complaint("baseline", f"is '{self.baseline}', which is none of the runs {', '.join(runs)}")
+        if self.max_values < 1:
+            yield Complaint("max_values", f"is {self.max_values}; use at least 1")
         if self.replicates < 1:
             yield Complaint("replicates", f"is {self.replicates}; an interval needs hundreds")
         if self.seed < 0:
@@ -263,7 +265,7 @@ class _Report:
         cuts = [cut for cut in self.plan.options.cuts() if isinstance(cut, Cut)]
         alone = Ranks(every=lambda value: [value], total=lambda counts: counts)
         groups: dict[str, NDArray[np.int64]] = rows.groups
-        axes = cut_axes(cuts, lambda: [groups], alone, _MAX_VALUES)
+        axes = cut_axes(cuts, lambda: [groups], alone, self.plan.options.max_values)
         problems = [Complaint("axes", str(axis)) for axis in axes if isinstance(axis, AxisError)]
         if problems:
             raise ConfigError(problems)

@@ -122,6 +122,11 @@ def test_without_axes_all_groups_of_few_values_are_tried(trained: Path, data: Pa
             ["axes=domain"],
             ["min_mass: is 0.01 (4 of 400 rows) and min_positives is 1,000, which no two cohorts", "domain = 0: 1"],
         ),
+        # nothing would differ, and the two largest cohorts were the head and the tail
+        (
+            ["axes=domain", *LOW, "low=50", "high=60"],
+            ["low: is 50.0 and high is 60.0", "the one bin at 50.05 or beyond"],
+        ),
         (["axes=domain", "model.dim=0"], ["model.dim"]),
     ],
 )

@@ -204,6 +204,8 @@ def test_labels_that_are_read_differently_are_refused(runs: Path, tmp_path: Path
         (["replicates=0", "seed=-1", "output=r.txt"], ["replicates: is 0", "seed: is -1", "ends with .html"]),
         (["unit=usr"], ["unit: is 'usr', which is no group of the schema; known: domain, row, user"]),
         (["axes=domian", "label=buy"], ["did you mean 'domain'?", "label: is 'buy', which is no binary label of"]),
+        (["axes=domain", "max_values=2"], ["axes: 'domain' has more than 2 different values", "or raise max_values"]),
+        (["max_values=0"], ["max_values: is 0; use at least 1"]),
         (["axes=row"], ["axes: 'row' has more than 100 different values; cut it into parts with row:10"]),
         (["cohorts=no.json"], ["no.json: cannot be read"]),
         (["split=vali"], ["split: is 'vali'; expected one of train, validation, test"]),

@@ -77,6 +77,8 @@ class Config(CohortsConfig):
             yield Complaint(
                 "random.group", f"is '{self.random.group}', which is no group of the schema; known: {known}"
             )
+        if self.random is not None and not -(2**63) <= self.random.seed < 2**63:
+            yield Complaint("random.seed", f"is {self.random.seed}, which does not fit int64; use a smaller one")
         problems = list(self.check_cohorts(schema))
         yield from problems or self._check_label(schema)
 

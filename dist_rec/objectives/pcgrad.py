@@ -36,8 +36,8 @@ class Config(CohortsConfig):
         """Complaints about the settings, with keys relative to `objective`."""
         yield from self.check_labels(schema)
         yield from self.check_cohorts(schema)
-        if self.seed < 0:
-            yield Complaint("seed", f"is {self.seed}; use a number >= 0")
+        if not 0 <= self.seed < 2**31:  # with the step it is the seed of a generator, an int64
+            yield Complaint("seed", f"is {self.seed}; use a number >= 0 and < 2**31")
 
 
 class PCGrad(nn.Module):

@@ -20,7 +20,8 @@ Arms: plain; c2al with each lambda for both heads; random, heads of random cohor
 rows where there are no users); reweighted, rows of both cohorts count twice; group_dro; pcgrad.
 
 Each figure has two 95 % half-widths: over seeds (Student's t, paired by seed: what other trainings would change), and
-over test rows (normal, of the paired differences of losses, mean over seeds: what other test rows would change).
+over test rows (normal, of the paired differences of losses, mean over seeds: what other test rows would change; a
+user's rows are not independent, so their sum is one observation).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Case(NamedTuple):
 
     Attributes:
         set: its folder of cards. axis: for `dist-rec cohorts`. groups: group of the schema -> column.
-        random: the group whose values are drawn for random cohorts.
+        random: the group whose values are drawn for random cohorts, and whose rows are one observation of an interval.
         least: smallest share of the rows of a cohort, and smallest number of positive rows.
         overrides: settings of every training.
     """
@@ -92,11 +93,12 @@ PLAIN = Arm("plain")
 
 
 class Scores(NamedTuple):
-    """Figures of one seed on the pooled test rows: of all rows, the head and the tail. losses: of their rows."""
+    """Figures of one seed on the pooled test rows: of all rows, the head and the tail. losses, units: of their rows."""
 
     ne: list[float]
     auc: list[float]
     losses: list[np.ndarray]
+    units: list[np.ndarray]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -238,22 +240,25 @@ def train(
     members = cohorts.Cohorts(**json.loads(_definition(found)))
     results: dict[Arm, list[Scores]] = {arm: [] for arm in arms}
     for _, arm in places:
-        results[arm].append(scores([next(done) for _ in parts], members))
+        results[arm].append(scores([next(done) for _ in parts], members, case.random))
     return results
 
 
-def scores(found: Sequence[Outcome], members: cohorts.Cohorts) -> Scores:
-    """Figures of the pooled predictions of all parts."""
+def scores(found: Sequence[Outcome], members: cohorts.Cohorts, unit: str) -> Scores:
+    """Figures of the pooled predictions of all parts; unit: the group whose rows are not independent in a part."""
     columns = {name: np.concatenate([o.columns[name] for o in found]) for name in found[0].columns}
     z, y = columns["logit_label"].astype(np.float64), columns["label_label"].astype(np.float64)
     masks = members.masks({name: torch.from_numpy(columns[name]) for name in members.axes})
     loss = y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z)
-    result = Scores([], [], [])
+    part = np.repeat(np.arange(len(found)), [len(o.columns[unit]) for o in found])
+    units = part * len(y) + np.unique(columns[unit], return_inverse=True)[1]
+    result = Scores([], [], [], [])
     for here in (np.ones(len(y), bool), masks.head.numpy(), masks.tail.numpy()):
         weights = np.ones(here.sum())
         result.ne.append(normalized_entropy(z[here], y[here], weights))
         result.auc.append(auc(z[here], y[here], weights))
         result.losses.append(loss[here])
+        result.units.append(units[here])
     return result
 
 
@@ -287,7 +292,8 @@ def difference(mine: Sequence[Scores], plain: Sequence[Scores], i: int) -> tuple
     mean, seeds = interval([100 * (a.ne[i] / b.ne[i] - 1) for a, b in zip(mine, plain, strict=True)])
     change = np.mean([a.losses[i] - b.losses[i] for a, b in zip(mine, plain, strict=True)], axis=0)
     base = np.mean([b.losses[i].mean() for b in plain])
-    return mean, seeds, float(100 * 1.96 * change.std(ddof=1) / len(change) ** 0.5 / base)
+    of_units = np.bincount(np.unique(plain[0].units[i], return_inverse=True)[1], change - change.mean())
+    return mean, seeds, float(100 * 1.96 * of_units.std(ddof=1) * len(of_units) ** 0.5 / len(change) / base)
 
 
 def _words(figures: tuple[float, float, float]) -> str:

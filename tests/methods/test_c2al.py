@@ -141,6 +141,8 @@ def test_bad_settings_are_named_together(tmp_path: Path) -> None:
     found = {c.key: c.text for c in Config(**{**vars(good), **bad}).check(SCHEMA)}
     assert found.keys() == {"lambda_head", "hidden", "random.group", "label"}
     assert "known: domain, row" in found["random.group"]
+    (large,) = Config(**{**vars(good), "random": RandomCohorts("row", seed=2**63)}).check(SCHEMA)
+    assert large.key == "random.seed" and "does not fit int64" in large.text
 
     def complaint(**changes: Any) -> tuple[str, str]:
         cohorts = Cohorts(**{**COHORTS, **changes.pop("cohort", {})})

@@ -176,6 +176,7 @@ def test_bad_settings_are_named() -> None:
         (reweighted.Config(cohorts=cohorts, head=-1.0), "head"),
         (group_dro.Config(cohorts=cohorts, step_size=math.nan), "step_size"),
         (pcgrad.Config(cohorts=cohorts, seed=-1), "seed"),
+        (pcgrad.Config(cohorts=cohorts, seed=2**31), "seed"),
     ):
         (complaint,) = config.check(SCHEMA)
         assert complaint.key == key

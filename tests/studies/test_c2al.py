@@ -60,15 +60,16 @@ def test_the_cards_accept_every_arm(name: str, model: str, tmp_path: Path) -> No
 
 def _outcome(logits: list[float], labels: list[int]) -> Outcome:
     columns = {"logit_label": np.array(logits), "label_label": np.array(labels), "domain": np.array([2, 2, 0, 0, 1, 1])}
+    columns |= {"row": np.arange(6), "user": np.array([7, 7, 5, 5, 5, 3])}
     return Outcome(columns, {}, {})
 
 
 def test_differences_and_their_half_widths_by_hand() -> None:
     members, labels = Cohorts(**COHORTS), [1, 0, 1, 0, 1, 0]
-    plain = [c2al.scores([_outcome([0.0] * 6, labels)], members) for _ in range(2)]
+    plain = [c2al.scores([_outcome([0.0] * 6, labels)], members, "row") for _ in range(2)]
     assert plain[0].ne == [1.0] * 3 and plain[0].auc == [0.5] * 3
     assert [len(losses) for losses in plain[0].losses] == [6, 2, 2]
-    better = [c2al.scores([_outcome([z, 0, 0, 0, 0, 0], labels)], members) for z in (1.0, 2.0)]
+    better = [c2al.scores([_outcome([z, 0, 0, 0, 0, 0], labels)], members, "row") for z in (1.0, 2.0)]
     gains = [np.log(2) - np.log1p(np.exp(-z)) for z in (1.0, 2.0)]
     for part, rows in ((0, 6), (1, 2)):
         mean, over_seeds, over_rows = c2al.difference(better, plain, part)
@@ -88,3 +89,22 @@ def test_differences_and_their_half_widths_by_hand() -> None:
 def _found() -> dict:
     divergence = {"measure": "js", "of_head_and_tail": 0.1}
     return {**COHORTS, "divergence": divergence, "rows": 10, "positives": 5}
+
+
+def test_rows_of_a_user_are_one_observation_and_those_of_two_parts_are_two() -> None:
+    members, labels = Cohorts(**COHORTS), [1, 0, 1, 0, 1, 0]
+
+    def half_width(unit: str, parts: int) -> float:
+        plain, better = (
+            [c2al.scores([_outcome(z, labels)] * parts, members, unit)] for z in ([0.0] * 6, [1.0, -1, 0, 0, 0, 0])
+        )
+        return c2al.difference(better, plain, 0)[2]
+
+    gain = np.log(2) - np.log1p(np.exp(-1))  # of both rows of user 7
+    for parts in (1, 2):
+        rows, users = 6 * parts, 3 * parts
+        change = np.array([-gain, -gain, 0, 0, 0, 0] * parts)
+        residuals = np.array([(change - change.mean())[k].sum() for k in ([0, 1], [2, 3, 4], [5])] * parts)
+        expected = (users / (users - 1) * (residuals**2).sum()) ** 0.5 / rows
+        assert half_width("user", parts) == pytest.approx(196 * expected / np.log(2), rel=1e-12)
+        assert half_width("user", parts) > half_width("row", parts)
