@@ -117,6 +117,12 @@ class RunConfig:
             if hasattr(part, "views") and not getattr(self.model, "serves_views", False):
                 text = f"looks at views of items, which model '{_name_of(self.model)}' does not encode"
                 yield Complaint(f"auxiliary.{name}", f"{text}; leave it out, or use a model with two towers")
+            if schema.items is not None and hasattr(part, "maskable") and hasattr(self.model, "reads"):
+                # a view that masks all that is read shows nothing, and the number of features would be misjudged
+                unread = [f for f in part.maskable(schema) if f not in self.model.reads(schema)]
+                if unread:
+                    text = f"would mask {', '.join(unread)}, which the model does not read; name those that it reads"
+                    yield Complaint(f"auxiliary.{name}.features", text)
 
     def _check_with_schema(self, schema: Schema, device: str) -> Iterator[Complaint]:
         if self.metrics:

@@ -130,7 +130,10 @@ function of (seed, step, place in the global batch), see `data.draws`, so that a
 
 
 class ViewConfig(Protocol):
-    """What the `Config` of a file in `auxiliary/` has besides, if its loss looks at views of items."""
+    """What the `Config` of a file in `auxiliary/` has besides, if its loss looks at views of items.
+
+    One that masks features has a method `maskable(schema)` with their names, all of which the model must read.
+    """
 
     def views(self, schema: Schema) -> Views:
         """The views and their features, all of them features that an item alone decides."""

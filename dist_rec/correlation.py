@@ -13,6 +13,7 @@ from dist_rec.data.footers import FileFooter, is_list, read_footers
 from dist_rec.data.mutual_information import Information, mutual_information
 from dist_rec.job import run_entry
 from dist_rec.settings import Complaint, ConfigError
+from dist_rec.training.runtime import check_writable
 
 USAGE = """usage: dist-rec correlation ITEMS OUT [id=COLUMN] [columns=COLUMN,COLUMN,...]
 
@@ -34,12 +35,17 @@ def run(items: str, out: str, key: str = "item_id", columns: Sequence[str] | Non
     """Computes, prints and writes to `out`; at least FEWEST columns are needed, the ids among them.
 
     Raises:
-        ConfigError: columns that are not there or hold no integers, or too few of them. DataError: bad files.
+        ConfigError: columns that are not there or hold no integers, or too few of them, or `out` cannot be written.
+        DataError: bad files.
     """
+    path = Path(out)
+    if path.is_dir():
+        raise ConfigError([Complaint("OUT", f"is '{out}', which is a folder; name a file")])
+    if problems := list(check_writable(path.parent, "OUT")):
+        raise ConfigError(problems)
     footers = read_footers(items)
     found = mutual_information(footers, key, _columns(footers[0], key, columns))
     print(_table(found))
-    path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     rounded = {a: {b: round(value, 6) for b, value in row.items()} for a, row in found.information.items()}
     head = [

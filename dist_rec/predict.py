@@ -187,11 +187,14 @@ class _Lists:
 
 
 def _lists(part: Part, export: Path, settings: PredictSettings, device: torch.device) -> Lists:
+    items, sparse = part.config.schema.items, part.schema.sparse
+    assert items is not None
+    count = part.config.schema.sparse[items.feature].num_ids
+    known = [n for n in part.reads if n in sparse and sparse[n].num_ids == count]
     for name in settings.exclude:
-        if name not in part.reads or name not in part.schema.sparse:
-            known = ", ".join(n for n in part.reads if n in part.schema.sparse)
-            text = f"names '{name}', which is no feature of the rows that the query tower reads; known: {known}"
-            raise ConfigError([Complaint("exclude", text)])
+        if name not in known:
+            text = f"names '{name}', which is no feature with ids of items that the query tower reads from the rows"
+            raise ConfigError([Complaint("exclude", f"{text}; known: {', '.join(known) or 'none'}")])
     missing = [n for n in (VECTORS, *([INDEX] if settings.search == "index" else [])) if not (export / n).is_file()]
     if missing:
         text = f"{export} has no {missing[0]}; export the model again, for an index without export.index=none"

@@ -95,6 +95,9 @@ def test_the_verb_writes_a_piece_of_config_and_refuses_two_columns(tmp_path, cap
     assert config.auxiliary["contrastive"].maskable(config.schema) == ["item", "tags", "brand"]
     with pytest.raises(ConfigError, match="are id, brand: correlated masking needs at least 3"):
         correlation.run(f"{data}/items", str(out), "id", ["brand"])
+    for place, words in ((tmp_path, "is a folder"), (card / "x.yaml", "is a file")):
+        with pytest.raises(ConfigError, match=f"OUT: .*{words}"):
+            correlation.run("nowhere.parquet", str(place), "id")  # said before anything is read
     with pytest.raises(ConfigError, match=r"id: is 'tags', which is no column of single integers"):
         correlation.run(f"{data}/items", str(out), "tags")
     with pytest.raises(ConfigError, match=r"columns: is 'brnd'.*did you mean 'brand'"):

@@ -85,16 +85,19 @@ def measures(
     is 1 / rank of the first relevant item, 0 beyond the longest list.
 
     Args:
-        query, item: (n,). A pair that occurs twice counts once. rank: (n,) place of the item in its query's list, from
-            1; 0 if it is not in the longest list. All rows of a query should be ranked in the same list.
+        query, item: (n,). A pair that occurs twice counts once, at its best place. rank: (n,) place of the item in its
+            query's list, from 1; 0 if it is not in the longest list. All rows of a query should be ranked in the same
+            list; they are not if a feature of the query, such as a history, differs between them.
         ks: the K.
     """
     place = np.where(rank > 0, rank, np.iinfo(np.int64).max)
-    order = np.lexsort((item, place, query))
+    order = np.lexsort((place, item, query))
     query, item, place = query[order], item[order], place[order]
-    once = np.ones(len(query), bool)  # rows with the same pair have the same place, so they lie side by side now
+    once = np.ones(len(query), bool)  # rows with the same pair lie side by side now, the best place first
     once[1:] = (query[1:] != query[:-1]) | (item[1:] != item[:-1])
     query, place = query[once], place[once]
+    order = np.lexsort((place, query))
+    query, place = query[order], place[order]
     _, starts, relevant = np.unique(query, return_index=True, return_counts=True)
     # among the rows of its query, which one in the list each is, from 1
     number = np.arange(len(query)) - np.repeat(starts, relevant) + 1

@@ -64,7 +64,10 @@ def item_vectors(outputs: Iterable[StepOutput], count: int) -> Tensor:
 
 
 class Search:
-    """The K best items of each query, over the vectors of all ranks. Making one is cheap; `ranks` is collective."""
+    """The K best items of each query, over the vectors of all ranks. Making one sorts the items by their frequency.
+
+    `judged` is collective.
+    """
 
     def __init__(self, task: RetrievalTask, vectors: Tensor, config: RetrievalMetrics, runtime: Runtime) -> None:
         self._task, self._vectors, self._config, self._runtime = task, vectors, config, runtime

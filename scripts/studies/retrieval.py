@@ -229,8 +229,8 @@ def _baselines(case: Case, part: Path, arms: Sequence[str]) -> dict[str, Scores]
 
 
 def scores(metrics: Sequence[Mapping[str, float]]) -> Scores:
-    """The figures that are reported, of some evaluations."""
-    return np.array([[[found[name + column] for column in COLUMNS] for name in METRICS] for found in metrics])
+    """The figures that are reported, of some evaluations; nan for a slice without rows, of which JSON says null."""
+    return np.array([[[found[n + column] for column in COLUMNS] for n in METRICS] for found in metrics], np.float64)
 
 
 def _rows(part: Path, case: Case) -> list[int]:

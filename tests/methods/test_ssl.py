@@ -302,6 +302,20 @@ def test_bad_settings_are_named(tmp_path, settings, key, words):
     assert words in found[key]
 
 
+def test_features_that_the_item_tower_does_not_read_are_not_masked(tmp_path):
+    """Of two that it reads a view could mask both, though the item has three."""
+    values = catalogues.values("x", tmp_path, model={"item": ["item", "brand"]}, auxiliary={"contrastive": {}})
+    loss = values["auxiliary"]["contrastive"]
+    loss["correlation"] = CORRELATION
+    with pytest.raises(ConfigError, match=r"contrastive\.features: would mask tags, which the model does not read"):
+        from_mapping(values)
+    loss["features"] = ["item", "brand"]
+    with pytest.raises(ConfigError, match=r"contrastive\.features: gives 2 maskable feature.* cfm needs 3"):
+        from_mapping(values)
+    loss["masking"] = "rfm"
+    from_mapping(values)
+
+
 def test_a_model_without_views_refuses_the_loss(tmp_path):
     values = catalogues.values("x", tmp_path, auxiliary={"contrastive": {"correlation": CORRELATION}})
     values["model"], values["objective"] = {"name": "dlrm"}, {"name": "bce"}

@@ -55,6 +55,13 @@ def test_equals_a_loop_over_queries_and_does_not_depend_on_the_order():
     assert {n: pytest.approx(v) for n, v in again.items()} == found
 
 
+def test_a_pair_that_occurs_twice_counts_once_at_its_best_place():
+    """The rows of a query may be ranked in different lists, as when their histories differ."""
+    twice = measures(np.array([1, 1, 1]), np.array([5, 5, 7]), np.array([4, 2, 3]), [3, 5])
+    once = measures(np.array([1, 1]), np.array([5, 7]), np.array([2, 3]), [3, 5])
+    assert {n: mean for n, (mean, _) in twice.items()} == {n: mean for n, (mean, _) in once.items()}
+
+
 def test_slices_are_head_tail_and_unseen():
     frequency = np.array([5, 0, 9, 1, 0, 3, 7, 1, 1, 1, 4])  # item 4 is not in the catalogue, item 1 is, unseen
     catalogue = np.array([0, 1, 2, 3, 5, 6, 7, 8, 9, 10])

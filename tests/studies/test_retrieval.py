@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ import pytest
 
 from dist_rec.config import from_mapping, read
 from dist_rec.metrics.retrieval import RetrievalMetrics
+from dist_rec.training.report import to_json
 from scripts.studies import retrieval_data
 from scripts.studies.real_data import card
 from scripts.studies.retrieval import (
@@ -112,9 +115,10 @@ def test_every_arm_is_a_config(name: str, arm: str) -> None:
 
 
 def test_tables_pair_the_seeds() -> None:
-    def of(value: float) -> dict[str, float]:
+    def of(value: float) -> dict[str, Any]:
         figures = {name + column: value for name in METRICS for column in COLUMNS}
-        return figures | {f"{name}/slice=unseen": float("nan") for name in METRICS}
+        figures |= {f"{name}/slice=unseen": float("nan") for name in METRICS}
+        return json.loads(to_json(figures))  # as a trial's outcome comes from its file
 
     plain, other = scores([of(0.1), of(0.3)]), scores([of(0.2), of(0.4)])
     settings = {"cfm": Setting(0.3, 0.5), "so": Setting(1)}

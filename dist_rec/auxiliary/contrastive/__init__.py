@@ -34,7 +34,7 @@ class Config(Masking):
     """What `auxiliary.contrastive:` takes, with the keys of `Masking`."""
 
     alpha: float = 0.1  # weight of the term; 0 leaves the run as if this were not there
-    temperature: float = 0.07
+    temperature: float = 0.07  # of this loss alone; the paper has one for both, so set the objective's here
     value_dropout: float = 0.3  # probability of dropping each id of a list that a view shows
     dimension_dropout: float = 0.0  # probability of setting each looked-up number of a view to 0 (CL4CVR)
     # an item that was drawn more than once is no negative of itself

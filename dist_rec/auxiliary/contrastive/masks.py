@@ -26,7 +26,9 @@ class Masking:
     # in all. The other view masks the rest
     masked: Literal["seed_and_half", "half"] = "seed_and_half"
     complementary: bool = True  # rfm: the second view masks what the first shows; else a random half of its own
-    features: list[str] | None = None  # the maskable ones; default: all sparse features of the item, its id among them
+    # the maskable ones, which the model must read; default: all sparse features of the item, its id among them. Dense
+    # columns are never masked
+    features: list[str] | None = None
     hidden: list[str] = field(default_factory=list)  # features that neither view shows, for example the id
 
     def maskable(self, schema: Schema) -> list[str]:
