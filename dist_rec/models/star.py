@@ -21,8 +21,9 @@ from dist_rec.nn.domains import Domains
 from dist_rec.nn.mlp import MLP, dropout_problem, size_problem, widths_problem
 from dist_rec.settings import Complaint, complain
 
-_MOMENTUM = 0.1  # weight of a step in the running statistics, as in torch's batch normalisation
+_MOMENTUM = 0.1  # least weight of a step in the running statistics, as in torch's batch normalisation
 _EPS = 1e-5
+_CONSTANT = 1e-10  # a variance below this share of mean^2 + _EPS is rounding
 
 
 @dataclass
@@ -114,11 +115,17 @@ class PartitionedNorm(nn.Module):
     """``(g * g_s) * (x - mean_s) / sqrt(var_s + eps) + (h + h_s)``, s the row's domain.
 
     In training mean_s and var_s are those of the domain's rows in the batches of all ranks, so that N ranks train as
-    one, and running averages of them are kept for evaluation; padding rows are in none.
+    one, and running averages of them are kept for evaluation; padding rows are in none. A domain's first ten steps
+    count alike, so that the averages hold nothing of what they start from.
+
+    A column that is the same in all rows of a domain, such as an embedding of its id, is 0 in training, and it has to
+    be 0 in evaluation too: the running mean lags behind an embedding that moves, and a variance of 0 would blow the
+    difference up to 1 / sqrt(eps) = 316 times its size.
     """
 
     mean: Tensor
     variance: Tensor
+    steps: Tensor
 
     def __init__(self, num_domains: int, width: int) -> None:
         """S = `num_domains`, N = `width`."""
@@ -128,6 +135,7 @@ class PartitionedNorm(nn.Module):
         self.domain_shift = nn.Parameter(torch.zeros(num_domains, width))
         self.register_buffer("mean", torch.zeros(num_domains, width))
         self.register_buffer("variance", torch.ones(num_domains, width))
+        self.register_buffer("steps", torch.zeros(num_domains, 1))  # that are in the running averages
 
     def forward(self, x: Tensor, domains: Domains) -> Tensor:
         """x: (B, N). Returns (B, N) float32."""
@@ -135,6 +143,8 @@ class PartitionedNorm(nn.Module):
             x, member = x.float(), domains.one_hot()
             mean, variance = self._of_batch(x, member) if self.training else (self.mean, self.variance)
             scale = self.scale * self.domain_scale * torch.rsqrt(variance + _EPS)
+            if not self.training:
+                scale = scale.where(variance > _CONSTANT * (mean.square() + _EPS), 0)
             shift = self.shift + self.domain_shift - mean * scale
             # products with the one-hot rows, and not indices: their gradients are products too, in a fixed order
             return x * (member @ scale) + member @ shift
@@ -147,8 +157,9 @@ class PartitionedNorm(nn.Module):
         centred = x - member @ mean
         variance = sum_over_ranks(member.T @ centred.square()) / rows
         with torch.no_grad():
-            # one row has no variance
-            step = torch.where(number > 1, _MOMENTUM, 0.0)
+            counts = number > 1  # one row has no variance
+            self.steps += counts
+            step = (1 / self.steps.clamp(min=1)).clamp(min=_MOMENTUM).where(counts, 0)
             self.mean.lerp_(mean, step.expand_as(mean))
             self.variance.lerp_(variance, step.expand_as(variance))
         return mean, variance
