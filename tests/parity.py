@@ -26,7 +26,7 @@ from dist_rec.training.trainer import GuardedPipeline
 from tests.examples import global_batch, share
 from tests.sharded import runtime, whole
 
-STEPS, ROWS = 6, 12  # global rows of a step: they divide by 1, 2 and 3 ranks
+STEPS, ROWS = 6, 12  # global rows of a step: they divide by 1, 2, 3 and 4 ranks
 
 
 def _batch(schema: Schema, step: int) -> Batch:

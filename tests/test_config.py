@@ -95,7 +95,12 @@ def test_the_base_of_these_tests_is_good(tmp_path):
         (
             {"embeddings": {"inner_dim": 16, "factor_above": -1}},
             "embeddings.factor_above",
-            "is -1.0; use a number >= 0",
+            "is -1.0; use a number >= 0; 0 factors every table",
+        ),
+        (
+            {"embeddings": {"inner_dim": 16, "factor_above": 30, "tables": {"user": {"inner_dim": 0}}}},
+            "embeddings.inner_dim",
+            "is 16, but no table gets two layers: each has at most factor_above = 30 times",
         ),
         (
             {"model": {"dim": 6, "bottom": [6]}},

@@ -24,7 +24,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 _SPLIT_BY_ROWS = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
 _MOSTLY_FILLED = 0.8  # of the bags: packing then costs more than it saves
-_PACKING_PAYS_ON_CUDA = 32  # ranks; with fewer, waiting for the number of filled bags costs more than it saves
+# ranks; with fewer, waiting for the number of filled bags costs more than it saves: an estimate, nobody has measured it
+_PACKING_PAYS_ON_CUDA = 32
 
 
 class FactoredCollection(EmbeddingBagCollection):
@@ -116,7 +117,8 @@ class _LookupHooks:
     """What happens around the lookup of one rank: `pack` before it, `project` after it.
 
     Of a table that is split by rows a rank holds few of the ids of the global batch: with one id per bag only every
-    W-th bag has anything to look up here. Packed to the front, the others cost neither look-up nor projection.
+    W-th bag has anything to look up here. Packed to the front, the others cost neither look-up nor projection. All
+    features are packed to the same number of bags, that of the fullest one.
     """
 
     def __init__(self, tables: list[tuple[str, int]], projections: Mapping[str, nn.Parameter], scale: int) -> None:

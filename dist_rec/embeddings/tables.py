@@ -46,7 +46,9 @@ class EmbeddingsConfig:
     # with a device cache; auto: the planner chooses. CPU has fused only.
     kernel: KernelName = "auto"
     init_bound: float | None = None  # initial values are uniform in (-b, b); default b = 1 / sqrt(rows of the table)
-    # MLET (arXiv 2309.15881): train tables of served width d as two layers, n x inner_dim times inner_dim x d
+    # MLET (arXiv 2309.15881): train tables of served width d as two layers, n x inner_dim times inner_dim x d; 0 as
+    # null: single layers. The first layer is a table to `optim.tables`; the second is a dense parameter: optim.dense
+    # trains it, and its weight decay and clip_norm cover it, although it scales the whole table
     inner_dim: int | None = None
     # a table with at most factor_above * d rows stays single-layer: it has hardly more rows than it can have
     # directions, so there is nothing to share; its own inner_dim under `tables` overrules this
@@ -78,8 +80,13 @@ class EmbeddingsConfig:
                 hint = f"did you mean '{close[0]}'?" if close else f"tables: {', '.join(sorted(known))}"
                 yield Complaint(f"tables.{name}", f"matches no table; {hint}")
         if not self.factor_above >= 0:
-            yield Complaint("factor_above", f"is {self.factor_above}; use a number >= 0, which factors every table")
-        for table in make_tables(table_sets, schema, self):
+            yield Complaint("factor_above", f"is {self.factor_above}; use a number >= 0; 0 factors every table")
+        tables = make_tables(table_sets, schema, self)
+        if self.inner_dim and all(t.inner_dim is None for t in tables):
+            text = f"is {self.inner_dim}, but no table gets two layers: each has at most factor_above = "
+            text += f"{self.factor_above:g} times as many rows as columns, or an inner_dim of 0 of its own"
+            yield Complaint("inner_dim", f"{text}; lower factor_above, or leave inner_dim out")
+        for table in tables:
             yield from self._check_wide(table)
             yield from self._check_layers(table)
             weighted = [f for f in table.features if schema.sparse[f].weights is not None]
@@ -239,7 +246,7 @@ def _table(base: str, asked: list[tuple[TableSet, str]], schema: Schema, config:
 def _inner_dim(num_rows: int, dim: int, options: TableOptions, config: EmbeddingsConfig) -> int | None:
     if options.inner_dim is not None:
         return options.inner_dim or None
-    return config.inner_dim if num_rows > config.factor_above * dim else None
+    return (config.inner_dim or None) if num_rows > config.factor_above * dim else None
 
 
 def _names_of(table_set: TableSet, feature: str, schema: Schema) -> tuple[str, str]:

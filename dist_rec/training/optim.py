@@ -72,8 +72,9 @@ class OptimConfig:
     tables: TableOptimizer = field(default_factory=TableOptimizer)
     dense: DenseOptimizer = field(default_factory=DenseOptimizer)
     schedule: Schedule = field(default_factory=Schedule)
-    # clip the norm of the gradients of all parameters that are not tables; tables are never clipped. The parameters of
-    # auxiliaries are clipped apart, by a norm of their own: a head that is never served must not slow down what is
+    # clip the norm of the gradients of all parameters that are not tables; tables are never clipped, but the second
+    # layers of two-layer tables are. The parameters of auxiliaries are clipped apart, by a norm of their own: a head
+    # that is never served must not slow down what is
     clip_norm: float | None = None
 
     def check(self, device_type: str) -> Iterator[Complaint]:

@@ -101,10 +101,11 @@ def _sent(job: Job, width: int) -> tuple[float, float]:
     """Bytes to the node and beyond: forward and, as much again, backward."""
     own = job.batch * job.features * width * FLOAT  # a rank's looked-up vectors
     if job.sharding == "row_wise":
-        # a reduce-scatter of the global batch, all-gathered back: a ring passes all parts but one to its neighbour,
-        # which on one rank of each node is on another node
+        # a reduce-scatter of the global batch, all-gathered back: a ring passes all parts but one to its neighbour.
+        # NCCL lays as many rings as a node has network cards, one for each GPU: a rank leaves its node on one of L
         through = 2 * own * (job.ranks - 1)
-        return (through, 0.0) if job.nodes == 1 else (0.0, through)
+        far = through / job.per_node if job.nodes > 1 else 0.0
+        return through - far, far
     # a reduce-scatter inside the node, for the tables of the node and the rows of all ranks ...
     summed = job.batch * job.nodes * job.tables * width * FLOAT  # what a rank of the node has after it
     near = 2 * summed * (job.splits - 1)

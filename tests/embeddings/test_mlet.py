@@ -84,8 +84,8 @@ def test_packing_changes_no_value(weighted):
     torch.testing.assert_close(found, expected)
 
 
-def test_a_batch_that_is_mostly_filled_is_not_packed():
-    lengths = torch.ones(4 * 10, dtype=torch.int32)
-    lengths[:2] = 0
-    features = KeyedJaggedTensor(keys=list("wxyz"), values=torch.zeros(38, dtype=torch.long), lengths=lengths)
+def test_a_batch_with_a_feature_that_is_mostly_filled_is_not_packed():
+    lengths = torch.zeros(4 * 10, dtype=torch.int32)
+    lengths[-9:] = 1
+    features = KeyedJaggedTensor(keys=list("wxyz"), values=torch.zeros(9, dtype=torch.long), lengths=lengths)
     assert _hooks().pack(nn.Identity(), (features,)) is None

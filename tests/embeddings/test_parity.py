@@ -77,14 +77,18 @@ def test_losses_and_updates_equal_unsharded_torch(world_size):
             assert error < 1e-4, f"{case} on {world_size} ranks: the update of {name} is off by {error:.1e}"
 
 
-def test_so_do_they_on_several_nodes():
+@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(3, 1), (4, 2)])
+def test_so_do_they_on_several_nodes(world_size, ranks_per_node):
     """Table-row-wise tables then cross nodes by an exchange of its own, which divides gradients once more."""
     cases = [Case("table_row_wise", "mean", "sgd"), Case("table_row_wise", "sum", "sgd", "before", True)]
     cases += [Case(MIXED_ROWS, "sum", "adagrad", "before"), Case(MIXED_ROWS, "mean", "sgd", "after")]
-    results = run_ranks(partial(sharded, ranks_per_node=1), 3, [case.config() for case in cases])[0]
+    run = partial(sharded, ranks_per_node=ranks_per_node)
+    results = run_ranks(run, world_size, [case.config() for case in cases])[0]
     for case, result in zip(cases, results, strict=True):
         expected = unsharded(case.config())
         assert "table_row_wise" in result.plan.values(), case
         assert result.losses == pytest.approx(expected.losses, abs=1e-5), case
         for name, error in update_errors(result, expected).items():
-            assert error < 1e-4, f"{case} on 3 nodes: the update of {name} is off by {error:.1e}"
+            assert error < 1e-4, (
+                f"{case} on {world_size // ranks_per_node} nodes: the update of {name} is off by {error:.1e}"
+            )

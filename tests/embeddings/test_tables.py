@@ -23,6 +23,7 @@ def _tables(config: EmbeddingsConfig, dims: dict[str, int] | None = None) -> dic
     [
         ({}, None, None),
         ({"inner_dim": 16}, None, 16),
+        ({"inner_dim": 0, "factor_above": 0.0}, None, None),
         ({"inner_dim": 16, "factor_above": 0.0}, 16, 16),
         ({"inner_dim": 16, "factor_above": 5.0}, None, None),
         ({"inner_dim": 16, "tables": {"small": TableOptions(inner_dim=8)}}, 8, 16),

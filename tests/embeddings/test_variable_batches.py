@@ -1,4 +1,4 @@
-"""A batch size per feature (TorchRec's VBE): two-layer tables train as unsharded ones do.
+"""A batch size per feature (TorchRec's VBE): two-layer tables train as unsharded ones do, pipelined.
 
 Only the distinct rows of a feature are looked up, and an index spreads them over the rows of the batch. dist_rec's own
 loader does not send such batches; models built on the collection may.
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from dist_rec.embeddings.mlet import FactoredCollection
 from dist_rec.embeddings.sharding import local_parts, sharders
@@ -26,8 +27,17 @@ IDS, K, D, ROWS, LR = 23, 12, 4, 6, 0.05
 TABLES = {"a": True, "b": False, "c": True}  # name -> whether it has two layers
 
 
-class _Model(nn.Module):
+class _Loss(nn.Module):
     """A loss over the looked-up vectors that differs by row and column."""
+
+    def forward(self, pooled: KeyedTensor) -> Tensor:
+        looked_up = pooled.to_dict()  # its own order of features is the plan's
+        values = torch.cat([looked_up[name] for name in TABLES], dim=1)
+        return (values * torch.linspace(0, 1, values.numel()).view_as(values)).sin().sum()
+
+
+class _Model(nn.Module):
+    """The collection and the loss; both lines can be traced by a pipeline."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,12 +52,11 @@ class _Model(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        self.loss = _Loss()
 
-    def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        looked_up = self.collection(features).to_dict()  # its own order of features is the plan's
-        values = torch.cat([looked_up[name] for name in TABLES], dim=1)
-        touched = torch.stack([w.sum() for w in self.projections.values()]).sum() * 0
-        return (values * torch.linspace(0, 1, values.numel()).view_as(values)).sin().sum() + touched
+    def forward(self, features: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
+        loss = self.loss(self.collection(features))
+        return loss, loss.detach()
 
 
 def _features(rank: int, kinds: dict[str, str]) -> KeyedJaggedTensor:
@@ -84,13 +93,12 @@ def _train(rank: int, world_size: int, kinds: dict[str, str]) -> tuple[list[floa
             here = initial[name][row : row + part.shape[0], column : column + part.shape[1]]
             part.detach().copy_(here)
     dense = torch.optim.SGD([p for n, p in sharded.named_parameters() if "projections." in n], lr=LR)
+    pipeline = TrainPipelineSparseDist(sharded, dense, torch.device("cpu"))
+    batches = iter([_features(rank, kinds) for _ in range(3)])
     losses = []
     for _ in range(3):
-        dense.zero_grad()
-        loss = sharded(_features(rank, kinds))
-        loss.backward()
-        dense.step()
-        total = loss.detach().clone()
+        total = pipeline.progress(batches).clone()
+        assert [m.forward.name for m in pipeline._pipelined_modules] == ["_dmp_wrapped_module.module.collection"]
         dist.all_reduce(total)
         losses.append(total.item() / world_size)
     return losses, whole(sharded.state_dict())
@@ -101,7 +109,7 @@ def _unsharded(world_size: int, kinds: dict[str, str]) -> tuple[list[float], dic
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     for _ in range(3):
         optimizer.zero_grad()
-        loss = torch.stack([model(_features(rank, kinds)) for rank in range(world_size)]).mean()
+        loss = torch.stack([model(_features(rank, kinds))[0] for rank in range(world_size)]).mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

@@ -137,6 +137,17 @@ def test_a_frozen_second_layer_never_moves_an_unseen_category():
             assert (w1_after[seen] != w1[seen]).any(1).all()
 
 
+def test_the_first_layer_is_the_table_optimisers_and_the_second_the_dense_ones():
+    """Its learning rate, weight decay and clipping too."""
+    optim = {"tables": {"name": "sgd", "lr": LR}, "dense": {"name": "sgd", "lr": 0.1, "weight_decay": 0.5}}
+    settings = config(embeddings={"inner_dim": K}, optim={**optim, "clip_norm": 1e-9})
+    (result,) = run_ranks(sharded, 1, [settings], 1)[0]
+    for table in TABLES:
+        (w1, w2), (w1_after, w2_after) = (_layers(p, table) for p in (result.before, result.after))
+        assert torch.equal(w1_after[~_seen(table)], w1[~_seen(table)]) and (w1_after - w1).abs().max() > 1e-4
+        torch.testing.assert_close(w2_after, w2 * (1 - 0.1 * 0.5), msg="it decays, and its gradient is clipped away")
+
+
 def _make_identities(parts: Distributed) -> None:
     with torch.no_grad():
         for name, parameter in parts.model.named_parameters():

@@ -21,8 +21,9 @@ from scripts.studies.trials import Outcome
 
 def test_rarest_counts_training_rows_and_skips_id_0(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": [1, 1, 1, 2, 0], "b": [7, 7, 0, 0, 7]}), tmp_path / "train.parquet")
-    pq.write_table(pa.table({"a": [1, 2, 0, 0], "b": [7, 7, 7, 0]}), tmp_path / "test.parquet")
-    assert mlet.rarest(tmp_path, ["a", "b"]).tolist() == [3, 1, 3, np.iinfo(np.int64).max]
+    pq.write_table(pa.table({"a": [1, 2, 0, 0, 1], "b": [7, 7, 7, 0, 8]}), tmp_path / "test.parquet")
+    found = mlet.rarest(tmp_path, ["a", "b"]).tolist()
+    assert found == [3, 1, 3, np.iinfo(np.int64).max, 0], "the last one's 8 is beyond every id of train"
 
 
 def test_scores_pool_the_parts_and_slice_by_rarity() -> None:

@@ -99,8 +99,10 @@ def _job(**changes: Any) -> Job:
 
 
 def test_several_nodes_by_hand():
-    # row-wise: 15 times the rank's own 10 x 6 x 2 floats, forward and backward, through the slower link
-    assert cost(_job(), "before").far == 2 * 15 * 10 * 6 * 2 * 4 and cost(_job(), "before").near == 0
+    # row-wise: 15 times the rank's own 10 x 6 x 2 floats, forward and backward; one of 8 rings leaves the node here
+    through = 2 * 15 * 10 * 6 * 2 * 4
+    assert (cost(_job(), "before").near, cost(_job(), "before").far) == (through * 7 / 8, through / 8)
+    assert cost(_job(per_node=1), "before").far == through, "a lone GPU of a node has no other way"
     # table-row-wise: 3 tables a node; after the sum inside it a rank has 10 x 2 rows of them; half goes away
     both = cost(_job(sharding="table_row_wise"), "plain d")
     assert both.near == 2 * 7 * (10 * 2 * 3 * 2 * 4)
