@@ -34,15 +34,20 @@ class Config:
     dim: int = 16  # D: width of every embedding of an expert's set
     prior_dim: int = 16  # Dp: width of the prior embeddings
     num_experts: int = 2  # M: experts, and as many table sets
+    single_set: bool = False  # all experts read one table set, "main": the paper's ablation of multi-embedding
     experts: list[int] = field(default_factory=lambda: [128, 64])  # widths of each expert; the last is d
     # element: the gate weighs every expert in every one of the d columns (the paper's PEG). expert: a weight per expert
     gate: Literal["element", "expert"] = "element"
     towers: list[int] = field(default_factory=lambda: [64])  # widths of each tower, before the logits
     dropout: float = 0.0  # probability of dropping a unit of experts and towers in training
 
+    def sets(self) -> list[str]:
+        """The name of each expert's table set."""
+        return ["main" if self.single_set else f"expert_{m}" for m in range(self.num_experts)]
+
     def table_sets(self, schema: Schema) -> list[TableSet]:
-        """A set of all sparse features for each expert, and "prior"."""
-        sets = [TableSet(f"expert_{m}", tuple(schema.sparse), self.dim) for m in range(self.num_experts)]
+        """A set of all sparse features for each expert, or one for all, and "prior"."""
+        sets = [TableSet(name, tuple(schema.sparse), self.dim) for name in dict.fromkeys(self.sets())]
         return sets + ([TableSet("prior", tuple(self.prior), self.prior_dim)] if self.prior else [])
 
     def build(self, schema: Schema) -> Crocodile:
@@ -91,10 +96,9 @@ class Crocodile(nn.Module):
         self.representation_dims = self.mixture.representation_dims
 
     def forward(self, dense: Tensor, tables: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> ArchOutput:
-        """dense: (B, Nd). tables: "expert_<m>" -> (B, F, D), "prior" -> (B, P, Dp). groups: the domain, (B,). Returns
-        logits (B, T)."""
-        sets = [tables[f"expert_{m}"] for m in range(self.config.num_experts)]
-        inputs = [torch.cat([dense, rows.flatten(1)], dim=1) for rows in sets]
+        """dense: (B, Nd). tables: the experts' sets -> (B, F, D), "prior" -> (B, P, Dp). groups: the domain, (B,).
+        Returns logits (B, T)."""
+        inputs = [torch.cat([dense, tables[name].flatten(1)], dim=1) for name in self.config.sets()]
         r = tables["prior"].flatten(1) if self.config.prior else torch.cat(inputs, dim=1)
         domains = Domains(groups[self.config.domain], self.num_domains)
         return ArchOutput(*self.mixture(inputs, r, domains))

@@ -23,7 +23,7 @@ from dist_rec.settings import Complaint, complain
 
 _MOMENTUM = 0.1  # least weight of a step in the running statistics, as in torch's batch normalisation
 _EPS = 1e-5
-_CONSTANT = 1e-10  # a variance below this share of mean^2 + _EPS is rounding
+_CONSTANT = 1e-10  # a variance below this share of mean^2 is rounding, and below 1e-6 _EPS nothing beside it
 
 
 @dataclass
@@ -144,7 +144,7 @@ class PartitionedNorm(nn.Module):
             mean, variance = self._of_batch(x, member) if self.training else (self.mean, self.variance)
             scale = self.scale * self.domain_scale * torch.rsqrt(variance + _EPS)
             if not self.training:
-                scale = scale.where(variance > _CONSTANT * (mean.square() + _EPS), 0)
+                scale = scale.where(variance > _CONSTANT * mean.square() + 1e-6 * _EPS, 0)
             shift = self.shift + self.domain_shift - mean * scale
             # products with the one-hot rows, and not indices: their gradients are products too, in a fixed order
             return x * (member @ scale) + member @ shift

@@ -207,7 +207,8 @@ def _overrides(case: Case, model: str, seed: int, arm: Arm, found: dict[str, Any
     if arm.name in ("c2al", "random"):
         result += [f"auxiliary.c2al.lambda_{end}={arm.factor}" for end in ("head", "tail")]
         result += [f"auxiliary.c2al.cohorts={_definition(found)}"]
-        result += [f"auxiliary.c2al.random.group={case.random}"] if arm.name == "random" else []
+        if arm.name == "random":  # other cohorts for each seed: one draw may happen to be a good one
+            result += [f"auxiliary.c2al.random.group={case.random}", f"auxiliary.c2al.random.seed={seed}"]
     elif arm != PLAIN:
         result += [f"objective.name={arm.name}", f"objective.cohorts={_definition(found)}"]
     return result

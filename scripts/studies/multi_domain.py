@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = arms(read(str(card(name, "crocodile"))))
         unknown = set(args.arms or ()) - set(found)
         if unknown:
-            raise SystemExit(f"error: no arm is called {sorted(unknown)[0]!r}; there are: {', '.join(found)}")
+            raise SystemExit(f"error: no arm is called {sorted(unknown)[0]!r}; there are: {'; '.join(found)}")
         chosen = {arm: found[arm] for arm in args.arms or found}
         tested = train(name, chosen, args.seeds, part, work, args.overrides, args.processes)
         print("\n".join(report(name, part, config, tested)), flush=True)
@@ -76,23 +76,26 @@ def arms(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     routed = own | {key: croc[key] for key in ("towers", "domain") if key in croc}
     mixed, widths = {**routed, "experts": croc["experts"]}, [*croc["experts"], *croc["towers"]]
     *ids, domain = croc["prior"]
+    wide = croc["num_experts"] * croc["dim"] + croc["prior_dim"]  # columns of an id in all of Crocodile's tables
     gates = {"prior": ids, "domain_features": [domain], "prior_dim": croc["prior_dim"]}
     models: dict[str, dict[str, Any]] = {
         "shared_bottom": {**routed, "bottom": croc["experts"]},
+        "shared_bottom, wide": {**routed, "bottom": croc["experts"], "dim": wide},
         "mmoe": {**mixed, "num_experts": 4},
         "ple": {**mixed, "levels": 2},
+        "ple, 1 level": {**mixed, "levels": 1},  # the depth that me_ple has
         "star": {**own, "widths": widths, "auxiliary": croc["towers"]},
         "pepnet": {**own, **gates, "widths": widths},
         "stem": mixed,
         "me_mmoe": {**mixed, "num_experts": croc["num_experts"]},
         "me_ple": mixed,
     }
-    result = {name: {"model": {"name": name, **model}, "auxiliary": {}} for name, model in models.items()}
+    result = {n: {"model": {"name": n.split(",")[0], **model}, "auxiliary": {}} for n, model in models.items()}
     loss = values["auxiliary"]["covariance"]
     result |= {
         "crocodile": {"model": croc, "auxiliary": {"covariance": loss}},
         "crocodile, 5 sets": {"model": {**croc, "num_experts": 5}, "auxiliary": {"covariance": loss}},
-        "crocodile, one set": {"model": {**croc, "num_experts": 1}, "auxiliary": {}},
+        "crocodile, one set": {"model": {**croc, "single_set": True}, "auxiliary": {"covariance": loss}},
         "crocodile, no PEG": {"model": {**croc, "prior": [], "gate": "expert"}, "auxiliary": {"covariance": loss}},
         "crocodile, no CovLoss": {"model": croc, "auxiliary": {}},
     }
@@ -101,8 +104,7 @@ def arms(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for sections in result.values():
         # what has experts is asked how much they repeat each other
         many = sections["model"]["name"] in ("mmoe", "me_mmoe", "stem", "crocodile")
-        alone = sections["model"].get("num_experts") == 1
-        sections["metrics"] = {"correlation": ["expert_*"] if many and not alone else []}
+        sections["metrics"] = {"correlation": ["expert_*"] if many else []}
     return result
 
 

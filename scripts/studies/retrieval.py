@@ -171,13 +171,14 @@ def _best(
     }
 
 
-def auxiliary(arm: str, setting: Setting | None, information: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `auxiliary` of an arm. information: of the item table's columns, for cfm."""
+def auxiliary(arm: str, setting: Setting | None, information: Mapping[str, Any], temperature: float) -> dict[str, Any]:
+    """The section `auxiliary` of an arm. information: of the item table's columns, for cfm. temperature: both losses
+    have the same, as in the paper."""
     if setting is None:
         return {}
     if arm == "so":
         return {"spread_out": {"weight": setting.alpha}}
-    views = {"masking": arm, "alpha": setting.alpha, "value_dropout": setting.dropout}
+    views = {"masking": arm, "alpha": setting.alpha, "value_dropout": setting.dropout, "temperature": temperature}
     return {"contrastive": {**views, "correlation": information} if arm == "cfm" else views}
 
 
@@ -192,7 +193,8 @@ def train(
         part = parts[job.case]
         values = read(str(card(CARDS[job.case.set], job.case.model)))
         information = yaml.safe_load((part / "correlation.yaml").read_text())["auxiliary"]["contrastive"]["correlation"]
-        values["auxiliary"] = auxiliary(job.arm, job.setting, information)
+        temperature = values["objective"]["temperature"]
+        values["auxiliary"] = auxiliary(job.arm, job.setting, information, temperature)
         words = [job.case.set, job.case.model, f"{job.case.share:g}", job.arm, *(job.setting or ())]
         path = folder / ("-".join(map(str, words)) + ".yaml")
         path.write_text(yaml.safe_dump(values, sort_keys=False))

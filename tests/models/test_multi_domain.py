@@ -33,6 +33,9 @@ CONFIGS: dict[str, Any] = {
     "star": star.Config(dim=D, widths=[6, 5], auxiliary=[4]),
     "crocodile": crocodile.Config(prior=list(FEATURES), dim=D, prior_dim=3, num_experts=3, experts=[6, 5], towers=[4]),
     "crocodile-no-peg": crocodile.Config(prior=[], gate="expert", dim=D, experts=[6, 5], towers=[]),
+    "crocodile-single-set": crocodile.Config(
+        prior=["user", "item"], dim=D, prior_dim=2, num_experts=2, single_set=True, experts=[6, 5], towers=[]
+    ),
 }
 BY_DOMAIN = [name for name in CONFIGS if name != "pepnet"]
 """Those with parameters for each domain; PEPNet knows the domain by its features."""
@@ -224,14 +227,14 @@ def gated(arch: nn.Module, xs: list[Tensor], r: Tensor) -> list[Tensor]:
     return logits
 
 
-@pytest.mark.parametrize("name", ["mmoe", "me_mmoe", "crocodile", "crocodile-no-peg"])
+@pytest.mark.parametrize("name", ["mmoe", "me_mmoe", "crocodile", "crocodile-no-peg", "crocodile-single-set"])
 def test_mixtures_of_experts_equal_their_formulas(name: str) -> None:
     arch, dense, tables, groups = build(name)
     sets = [rows for n, rows in tables.items() if n != "prior"]
     xs = [torch.cat([dense, rows.reshape(B, -1)], 1) for rows in sets]
     r = tables["prior"].reshape(B, -1) if "prior" in tables else torch.cat(xs, 1)
-    xs = xs * 3 if name == "mmoe" else xs
-    wide = {"crocodile": 3 * 5, "crocodile-no-peg": 2}.get(name, 3)
+    xs = xs * {"mmoe": 3, "crocodile-single-set": 2}.get(name, 1)
+    wide = {"crocodile": 3 * 5, "crocodile-no-peg": 2, "crocodile-single-set": 2 * 5}.get(name, 3)
     assert arch.mixture.gates.weight.shape[1] == wide
     for found, wanted in zip(arch(dense, tables, groups).predictions, gated(arch, xs, r), strict=True):
         torch.testing.assert_close(found, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,10 @@ def test_every_arm_is_a_config_that_differs_from_the_card_in_what_its_name_says(
     whole = load(str(card(name, CROCODILE)))
     assert configs[CROCODILE].model == whole.model and configs[CROCODILE].auxiliary == whole.auxiliary
     assert not configs["crocodile, no CovLoss"].auxiliary and not configs["crocodile, no PEG"].model.prior
-    assert configs["crocodile, one set"].model.num_experts == 1 and configs["crocodile, 5 sets"].model.num_experts == 5
+    assert configs["crocodile, one set"].model == replace(whole.model, single_set=True)
+    assert configs["crocodile, 5 sets"].model == replace(whole.model, num_experts=5)
+    assert configs["ple, 1 level"].model == replace(configs["ple"].model, levels=1)
+    assert configs["shared_bottom, wide"].model == replace(configs["shared_bottom"].model, dim=48)
     alphas = [configs[f"crocodile, alpha {alpha}"].auxiliary["covariance"].alpha for alpha in multi_domain.ALPHAS]
     assert alphas == list(multi_domain.ALPHAS) and whole.auxiliary["covariance"].alpha not in alphas
 
@@ -105,5 +109,7 @@ def test_mistakes_end_with_what_there_is(tmp_path: Path) -> None:
     part.mkdir(parents=True)
     for split in SPLITS:
         (part / f"{split}.parquet").touch()
-    with pytest.raises(SystemExit, match="no arm is called 'crocodil'; there are: shared_bottom, mmoe, ple"):
+    with pytest.raises(
+        SystemExit, match="no arm is called 'crocodil'; there are: shared_bottom; shared_bottom, wide; mmoe; ple"
+    ):
         multi_domain.main(["--work", str(tmp_path), "--sets", "yelp_hin", "--arms", "crocodil"])

@@ -110,8 +110,10 @@ def test_every_arm_is_a_config(name: str, arm: str) -> None:
     columns = ("dst", "nouns", "traffic") if name == "squirrel" else ("item_id", "brand", "categories")
     information = {a: {b: 1.0 for b in columns if b != a} for a in columns}
     setting = {"two_tower": None, "so": Setting(0.1)}.get(arm, Setting(0.1, 0.3))
-    config = from_mapping({**values, "auxiliary": auxiliary(arm, setting, information)})
+    config = from_mapping({**values, "auxiliary": auxiliary(arm, setting, information, 0.3)})
     assert bool(config.views) == (arm != "two_tower")
+    if arm in ("rfm", "cfm"):
+        assert config.auxiliary["contrastive"].temperature == 0.3
 
 
 def test_tables_pair_the_seeds() -> None:
