@@ -98,7 +98,7 @@ def _train(rank: int, world_size: int, kinds: dict[str, str]) -> tuple[list[floa
     losses = []
     for _ in range(3):
         total = pipeline.progress(batches).clone()
-        assert [m.forward.name for m in pipeline._pipelined_modules] == ["_dmp_wrapped_module.module.collection"]
+        assert [m.forward.name for m in pipeline._pipelined_modules] == ["collection"]
         dist.all_reduce(total)
         losses.append(total.item() / world_size)
     return losses, whole(sharded.state_dict())
