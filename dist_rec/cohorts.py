@@ -205,9 +205,10 @@ class _Search:
         """ConfigError if all rows are in one bin: no cohort differs from another, and any choice would be a chance."""
         whole = np.sum([cohort.histogram for cohort in [*division.cohorts, *division.others]], axis=0)
         if np.count_nonzero(whole) < 2:
-            centre = self.bins.centres[int(whole.argmax())]
+            i = int(whole.argmax())
+            end = " or beyond that end" if i in (0, len(whole) - 1) else ""
             text = f"is {self.bins.low} and high is {self.bins.high}, and all predicted log-odds are in the one bin at "
-            text += f"{centre:g} or beyond that end; set low and high around them, raise bins, or train the run further"
+            text += f"{self.bins.centres[i]:g}{end}; set low and high around them, raise bins, or train the run further"
             raise ConfigError([Complaint("low", text)])
 
     def _too_small(self, divisions: Sequence[Division]) -> str:

@@ -193,7 +193,7 @@ def _lists(part: Part, export: Path, settings: PredictSettings, device: torch.de
     known = [n for n in part.reads if n in sparse and sparse[n].num_ids == count]
     for name in settings.exclude:
         if name not in known:
-            text = f"names '{name}', which is no feature with ids of items that the query tower reads from the rows"
+            text = f"names '{name}', which is no feature of the query tower with as many ids as there are items"
             raise ConfigError([Complaint("exclude", f"{text}; known: {', '.join(known) or 'none'}")])
     missing = [n for n in (VECTORS, *([INDEX] if settings.search == "index" else [])) if not (export / n).is_file()]
     if missing:

@@ -174,8 +174,11 @@ def test_recall_of_a_list_that_misses_half_is_a_half(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["exclude=[tags]"], "exclude: names 'tags', which is no feature with ids of items that the query tower reads"),
-        (["exclude=[user]"], "exclude: names 'user', which is no feature with ids of items.* known: history$"),
+        (
+            ["exclude=[tags]"],
+            "exclude: names 'tags', which is no feature of the query tower with as many ids as there are items",
+        ),
+        (["exclude=[user]"], "exclude: names 'user', which is no feature of the query tower .* known: history$"),
         (["search=index"], r"has no items\.faiss; export the model again"),
         (["k=0"], "k: is 0"),
         (["keep=[items]"], "keep: names 'items', which is a column of scores"),

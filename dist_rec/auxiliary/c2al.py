@@ -29,7 +29,7 @@ Members = Callable[[Mapping[str, Tensor]], Masks]
 
 @dataclass
 class RandomCohorts:
-    """The control: rows drawn in place of the cohorts, with the same mass. Tells whether the cohorts matter."""
+    """The control that tells whether the cohorts matter: in their place, the same share of the group's values."""
 
     group: str  # rows with one value of this group are drawn together: a row id draws rows, a user id users
     seed: int = 0  # of this draw alone; who is in depends on the group's value and on nothing else

@@ -48,7 +48,7 @@ class EmbeddingsConfig:
     init_bound: float | None = None  # initial values are uniform in (-b, b); default b = 1 / sqrt(rows of the table)
     # MLET (arXiv 2309.15881): train tables of served width d as two layers, n x inner_dim times inner_dim x d; 0 as
     # null: single layers. The first layer is a table to `optim.tables`; the second is a dense parameter: optim.dense
-    # trains it, and its weight decay and clip_norm cover it, although it scales the whole table
+    # trains it with its weight decay, and optim.clip_norm covers it, although it scales the whole table
     inner_dim: int | None = None
     # a table with at most factor_above * d rows stays single-layer: it has hardly more rows than it can have
     # directions, so there is nothing to share; its own inner_dim under `tables` overrules this

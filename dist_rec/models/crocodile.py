@@ -33,7 +33,7 @@ class Config:
     domain: str = "domain"  # group of the schema that says which domain a row belongs to; it needs num_ids
     dim: int = 16  # D: width of every embedding of an expert's set
     prior_dim: int = 16  # Dp: width of the prior embeddings
-    num_experts: int = 2  # M: experts, and as many table sets
+    num_experts: int = 2  # M: experts, and as many table sets unless there is a single one
     single_set: bool = False  # all experts read one table set, "main": the paper's ablation of multi-embedding
     experts: list[int] = field(default_factory=lambda: [128, 64])  # widths of each expert; the last is d
     # element: the gate weighs every expert in every one of the d columns (the paper's PEG). expert: a weight per expert
@@ -70,8 +70,9 @@ class Config:
 
 
 class Crocodile(nn.Module):
-    """``tower_s(sum_m g_m * expert_m(x_m))`` with ``g = softmax_m(W_s r + b_s)``: x_m the dense columns beside set m, r
-    the prior embeddings, s the domain, * element-wise, the softmax over the M experts in each of the d columns.
+    """``tower_s(sum_m g_m * expert_m(x_m))`` with ``g = softmax_m(W_s r + b_s)``: x_m the dense columns beside the
+    expert's set, r the prior embeddings, s the domain, * element-wise, the softmax over the M experts in each of the d
+    columns.
 
     Every set and every expert is shared by all domains. Gradients reach the prior tables through the gates.
 
@@ -85,7 +86,7 @@ class Crocodile(nn.Module):
         self.mixture = DomainMixture(
             num_domains=num_domains,
             in_width=width,
-            gate_width=len(config.prior) * config.prior_dim or width * config.num_experts,
+            gate_width=len(config.prior) * config.prior_dim or width * len(set(config.sets())),
             num_experts=config.num_experts,
             experts=config.experts,
             elementwise=config.gate == "element",
@@ -98,7 +99,8 @@ class Crocodile(nn.Module):
     def forward(self, dense: Tensor, tables: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> ArchOutput:
         """dense: (B, Nd). tables: the experts' sets -> (B, F, D), "prior" -> (B, P, Dp). groups: the domain, (B,).
         Returns logits (B, T)."""
-        inputs = [torch.cat([dense, tables[name].flatten(1)], dim=1) for name in self.config.sets()]
-        r = tables["prior"].flatten(1) if self.config.prior else torch.cat(inputs, dim=1)
+        names = self.config.sets()
+        of_set = {name: torch.cat([dense, tables[name].flatten(1)], dim=1) for name in dict.fromkeys(names)}
+        r = tables["prior"].flatten(1) if self.config.prior else torch.cat(list(of_set.values()), dim=1)
         domains = Domains(groups[self.config.domain], self.num_domains)
-        return ArchOutput(*self.mixture(inputs, r, domains))
+        return ArchOutput(*self.mixture([of_set[name] for name in names], r, domains))

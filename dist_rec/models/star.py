@@ -23,7 +23,7 @@ from dist_rec.settings import Complaint, complain
 
 _MOMENTUM = 0.1  # least weight of a step in the running statistics, as in torch's batch normalisation
 _EPS = 1e-5
-_CONSTANT = 1e-10  # a variance below this share of mean^2 is rounding, and below 1e-6 _EPS nothing beside it
+_CONSTANT = 1e-10  # a variance of at most this share of mean^2 + 1e-6 _EPS is float32's rounding, or nothing beside eps
 
 
 @dataclass
@@ -120,7 +120,8 @@ class PartitionedNorm(nn.Module):
 
     A column that is the same in all rows of a domain, such as an embedding of its id, is 0 in training, and it has to
     be 0 in evaluation too: the running mean lags behind an embedding that moves, and a variance of 0 would blow the
-    difference up to 1 / sqrt(eps) = 316 times its size.
+    difference up to 1 / sqrt(eps) = 316 times its size. Only such columns are treated so: one that
+    differs in a few rows of a domain is divided by its small deviation, in evaluation as in training.
     """
 
     mean: Tensor
@@ -157,9 +158,9 @@ class PartitionedNorm(nn.Module):
         centred = x - member @ mean
         variance = sum_over_ranks(member.T @ centred.square()) / rows
         with torch.no_grad():
-            counts = number > 1  # one row has no variance
-            self.steps += counts
-            step = (1 / self.steps.clamp(min=1)).clamp(min=_MOMENTUM).where(counts, 0)
+            has_variance = number > 1  # one row has none
+            self.steps += has_variance
+            step = (1 / self.steps.clamp(min=1)).clamp(min=_MOMENTUM).where(has_variance, 0)
             self.mean.lerp_(mean, step.expand_as(mean))
             self.variance.lerp_(variance, step.expand_as(variance))
         return mean, variance

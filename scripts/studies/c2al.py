@@ -16,8 +16,9 @@ Cases (axis of the cohorts; the protocol of the splits is that of `real_data.py`
 - synthetic, synthetic-known: the log with planted cohorts (`dist_rec/data/synthetic_cohorts.py`), cut by `segment`,
   which the model does not see, or sees as a feature.
 
-Arms: plain; c2al with each lambda for both heads; random, heads of random cohorts of the same mass (of users, or of
-rows where there are no users); reweighted, rows of both cohorts count twice; group_dro; pcgrad.
+Arms: plain; c2al with each lambda for both heads; random, heads of random cohorts of the same share of users, or of
+rows where there are no users, other ones for each seed; reweighted, where rows of both cohorts count twice; group_dro;
+pcgrad.
 
 Each figure has two 95 % half-widths: over seeds (Student's t, paired by seed: what other trainings would change), and
 over test rows (normal, of the paired differences of losses, mean over seeds: what other test rows would change; a

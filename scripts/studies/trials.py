@@ -30,9 +30,8 @@ import pyarrow.parquet as pq
 from dist_rec.config import read
 
 SPLITS = ("train", "validation", "test")
-EVALUATION_ROWS = (
-    2048  # of a batch, at least: metrics do not depend on it, and at the cards' 128 it costs a third of the time
-)
+EVALUATION_ROWS = 2048
+"""Of a batch, at least: metrics do not depend on it, and at the cards' 128 evaluation takes a third of the time."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class Trial:
     def name(self) -> str:
         """A name for the outcome: it changes with the settings, whatever file they come from, and the data's files.
 
-        Not with comments, so that a card can tell what a study found without the study beginning anew.
+        Not with comments, so that a card can tell what a study found without the study beginning anew. Nor with the
+        code: after a change of what a model computes, give another work folder.
         """
         files = [(self.part / f"{split}.parquet").stat() for split in SPLITS]
         settings = json.dumps(read(str(self.card), self.overrides), sort_keys=True)
@@ -108,10 +108,12 @@ def _run(task: tuple[Trial, Path]) -> str:
     except BaseException:  # noqa: BLE001 - shown by the parent, with the trial
         return traceback.format_exc()
     shutil.rmtree(run / "checkpoints")
-    if final.exists():  # another study with the same work folder was faster
-        shutil.rmtree(run)
-    else:
+    try:
         run.rename(final)
+    except OSError:
+        if not final.exists():
+            raise
+        shutil.rmtree(run)  # another study with the same work folder was faster
     return ""
 
 
