@@ -76,9 +76,8 @@ def arms(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     routed = own | {key: croc[key] for key in ("towers", "domain") if key in croc}
     mixed, widths = {**routed, "experts": croc["experts"]}, [*croc["experts"], *croc["towers"]]
     *ids, domain = croc["prior"]
-    wide = (
-        croc["num_experts"] * croc["dim"] + croc["prior_dim"]
-    )  # columns of an id in all of Crocodile's tables, at most
+    # columns that an id has in all of Crocodile's tables, at most
+    wide = croc["num_experts"] * croc["dim"] + croc["prior_dim"]
     gates = {"prior": ids, "domain_features": [domain], "prior_dim": croc["prior_dim"]}
     models: dict[str, dict[str, Any]] = {
         "shared_bottom": {**routed, "bottom": croc["experts"]},
