@@ -146,13 +146,25 @@ class TextFile:
         return names
 
     def _read(self, names: list[str], skipped: int) -> Iterator[pa.RecordBatch]:
+        try:
+            yield from self._decode(names, skipped, threads=True)
+        except DataError:
+            for _ in self._decode(names, skipped, threads=False):  # on one thread pyarrow tells the line
+                pass
+            raise
+
+    def _decode(self, names: list[str], skipped: int, threads: bool) -> Iterator[pa.RecordBatch]:
         lines = skipped
         try:
             with open_text(self.path) as source:
                 reader = pacsv.open_csv(
                     source,
                     read_options=pacsv.ReadOptions(
-                        column_names=names, skip_rows=skipped, block_size=BLOCK_BYTES, encoding=self.encoding
+                        use_threads=threads,
+                        column_names=names,
+                        skip_rows=skipped,
+                        block_size=BLOCK_BYTES,
+                        encoding=self.encoding,
                     ),
                     parse_options=pacsv.ParseOptions(
                         delimiter=self.delimiter,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ def read(path: Path, data: bytes, **options: Any) -> list[dict[str, Any]]:
     for rows in file.batches():
         found += [row | {"line": rows.first_line + i} for i, row in enumerate(rows.batch.to_pylist())]
     return found
+
+
+@pytest.fixture(autouse=True, params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test runs on one core and on several: pyarrow says less of an error that one of several threads met."""
+    before = pa.cpu_count()
+    pa.set_cpu_count(request.param)
+    yield
+    pa.set_cpu_count(before)
 
 
 @pytest.fixture
