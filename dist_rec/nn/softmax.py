@@ -5,14 +5,13 @@ Letters: B rows, C columns, V width of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_LOGITS = 2**24
-"""Logits that are held at a time, 64 MiB of float32."""
+"""Logits that are held at a time, 64 MiB of float32; those of a single block until backward."""
 
 
 def softmax_loss(
@@ -28,8 +27,9 @@ def softmax_loss(
 ) -> Tensor:
     """(B,) -log(exp(l_ip) / sum_j exp(l_ij)) with l_ij = <row i, column j> / temperature + bias_j and p = positive_i.
 
-    Logits are computed a few rows at a time, in backward again: of any number of columns no more than `max_logits` (and
-    no less than one row) are in memory, and the result does not depend on it beyond rounding.
+    Logits are computed a few rows at a time, and again in backward where there is more than one such block: of any
+    number of columns no more than `max_logits` (and no less than one row) are in memory, and the result does not depend
+    on it beyond rounding.
 
     Args:
         rows: (B, V). columns: (C, V). Give float32: with a temperature of 0.06 bfloat16 is too coarse.
@@ -55,31 +55,35 @@ class _SoftmaxLoss(torch.autograd.Function):
         temperature: float,
         max_logits: int,
     ) -> Tensor:
-        losses, norms = rows.new_empty(len(rows)), rows.new_empty(len(rows))
+        losses = rows.new_empty(len(rows))
         ctx.temperature, ctx.max_logits = temperature, max_logits
         saved = (rows, columns, positive, bias, row_ids, column_ids)
-        for here, logits in _blocks(*saved, temperature, max_logits):
-            norms[here] = logits.logsumexp(dim=1)
-            losses[here] = norms[here] - logits.gather(1, positive[here, None]).squeeze(1)
-        # of a row that no column counts for, all logits are -inf: their shares are 0, not nan
-        ctx.save_for_backward(*saved, norms.masked_fill(norms.isneginf(), 0))
+        blocks = _blocks(len(rows), len(columns), max_logits)
+        for here in blocks:
+            losses[here], *parts = _block(here, *saved, temperature)
+        ctx.save_for_backward(*saved, *(parts if len(blocks) == 1 else ()))
         return losses
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, columns, positive, bias, row_ids, column_ids, norms = ctx.saved_tensors
-        saved = (rows, columns, positive, bias, row_ids, column_ids)
+        rows, columns, *_ = saved = ctx.saved_tensors[:6]
         of_rows, of_columns = torch.empty_like(rows), torch.zeros_like(columns)
-        for here, logits in _blocks(*saved, ctx.temperature, ctx.max_logits):
-            share = logits.sub_(norms[here, None]).exp_()
-            share.scatter_add_(1, positive[here, None], -torch.ones_like(share[:, :1]))
-            share *= gradient[here, None] / ctx.temperature
-            of_rows[here] = share @ columns
-            of_columns.addmm_(share.T, rows[here])
+        for here in _blocks(len(rows), len(columns), ctx.max_logits):
+            slopes, totals = ctx.saved_tensors[6:] or _block(here, *saved, ctx.temperature)[1:]
+            scale = (gradient[here] / ctx.temperature / totals)[:, None]
+            of_rows[here] = (slopes @ columns).mul_(scale)
+            of_columns.addmm_(slopes.T, rows[here] * scale)
         return of_rows, of_columns, None, None, None, None, None, None
 
 
-def _blocks(
+def _blocks(num_rows: int, num_columns: int, max_logits: int) -> list[slice]:
+    """The rows whose logits are in memory at a time."""
+    step = max(1, max_logits // max(num_columns, 1))
+    return [slice(start, start + step) for start in range(0, num_rows, step)]
+
+
+def _block(
+    here: slice,
     rows: Tensor,
     columns: Tensor,
     positive: Tensor,
@@ -87,15 +91,20 @@ def _blocks(
     row_ids: Tensor,
     column_ids: Tensor,
     temperature: float,
-    max_logits: int,
-) -> Iterator[tuple[slice, Tensor]]:
-    """The logits, a few rows at a time."""
-    step = max(1, max_logits // max(len(columns), 1))
-    for start in range(0, len(rows), step):
-        here = slice(start, start + step)
-        logits = (rows[here] @ columns.T).div_(temperature).add_(bias)
-        if len(column_ids):
-            same = row_ids[here, None] == column_ids
-            same.scatter_(1, positive[here, None], False)
-            logits.masked_fill_(same, -torch.inf)
-        yield here, logits
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of some rows: (b,) losses; (b, C) the losses' derivatives by the logits, times totals; (b,) totals."""
+    place = positive[here, None]
+    logits = torch.addmm(bias, rows[here] / temperature, columns.T)  # as few passes over b x C numbers as there can be
+    if len(column_ids):
+        same = row_ids[here, None] == column_ids
+        same.scatter_(1, place, False)
+        logits.masked_fill_(same, -torch.inf)
+    top = logits.amax(dim=1, keepdim=True)
+    # of a row that no column counts for, all logits are -inf: their shares are 0, not nan
+    logits -= top.masked_fill(top.isneginf(), 0)
+    of_positive = logits.gather(1, place)
+    totals = logits.exp_().sum(dim=1, keepdim=True)
+    losses = totals.log() - of_positive
+    totals.masked_fill_(totals == 0, 1)
+    logits.scatter_add_(1, place, -totals)
+    return losses.squeeze(1), logits, totals.squeeze(1)

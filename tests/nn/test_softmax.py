@@ -53,31 +53,33 @@ def test_a_row_for_which_no_column_counts_gives_no_gradient_when_its_loss_is_lef
     assert rows.grad is not None and not rows.grad.any() and not columns.grad.any()
 
 
-def test_the_gradient_in_double_precision():
+@pytest.mark.parametrize("max_logits", [2 * C, B * C])
+def test_the_gradient_in_double_precision(max_logits):
     rows, columns, positive, row_ids, column_ids, bias = _inputs(torch.float64)
     assert torch.autograd.gradcheck(
         lambda r, c: softmax_loss(
-            r, c, positive, temperature=0.3, bias=bias, row_ids=row_ids, column_ids=column_ids, max_logits=2 * C
+            r, c, positive, temperature=0.3, bias=bias, row_ids=row_ids, column_ids=column_ids, max_logits=max_logits
         ),
         (rows, columns),
     )
 
 
-def test_no_more_logits_than_allowed_are_in_memory(monkeypatch):
+@pytest.mark.parametrize(("allowed", "largest", "computed"), [(2 * C + 3, 2 * C, 2 * B * C), (B * C, B * C, B * C)])
+def test_no_more_logits_than_allowed_are_in_memory(monkeypatch, allowed, largest, computed):
     from dist_rec.nn import softmax
 
-    sizes, blocks = [], softmax._blocks
+    sizes, block = [], softmax._block
 
     def counted(*args: Any):
-        for here, logits in blocks(*args):
-            sizes.append(logits.numel())
-            yield here, logits
+        found = block(*args)
+        sizes.append(found[1].numel())
+        return found
 
-    monkeypatch.setattr(softmax, "_blocks", counted)
+    monkeypatch.setattr(softmax, "_block", counted)
     rows, columns, positive, *_ = _inputs()
-    softmax_loss(rows, columns, positive, temperature=1.0, max_logits=2 * C + 3).sum().backward()
-    assert max(sizes) == 2 * C
-    assert sum(sizes) == 2 * B * C, "forward and backward"
+    softmax_loss(rows, columns, positive, temperature=1.0, max_logits=allowed).sum().backward()
+    assert max(sizes) == largest
+    assert sum(sizes) == computed, "forward, and backward where not all of them could be kept"
 
 
 def _gathered(rank: int, world_size: int) -> list[torch.Tensor]:
