@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 MAX_LOGITS = 2**24
-"""Logits that are held at a time, 64 MiB of float32; those of a single block until backward."""
+"""Logits that a loss holds at a time, 64 MiB of float32 and 16 of marks; those of a single block until backward."""
 
 
 def softmax_loss(
@@ -60,19 +61,24 @@ class _SoftmaxLoss(torch.autograd.Function):
         saved = (rows, columns, positive, bias, row_ids, column_ids)
         blocks = _blocks(len(rows), len(columns), max_logits)
         for here in blocks:
-            losses[here], *parts = _block(here, *saved, temperature)
-        ctx.save_for_backward(*saved, *(parts if len(blocks) == 1 else ()))
+            losses[here], *kept = _block(here, *saved, temperature)
+            if len(blocks) > 1:
+                kept = []  # before the next block takes as much
+        ctx.save_for_backward(*saved, *kept)
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, columns, *_ = saved = ctx.saved_tensors[:6]
+        rows, columns, positive, bias, row_ids, column_ids, *kept = ctx.saved_tensors
+        saved = (rows, columns, positive, bias, row_ids, column_ids)
         of_rows, of_columns = torch.empty_like(rows), torch.zeros_like(columns)
         for here in _blocks(len(rows), len(columns), ctx.max_logits):
-            slopes, totals = ctx.saved_tensors[6:] or _block(here, *saved, ctx.temperature)[1:]
+            slopes, totals = kept or _block(here, *saved, ctx.temperature)[1:]
             scale = (gradient[here] / ctx.temperature / totals)[:, None]
             of_rows[here] = (slopes @ columns).mul_(scale)
             of_columns.addmm_(slopes.T, rows[here] * scale)
+            del slopes, totals  # before the next block takes as much
         return of_rows, of_columns, None, None, None, None, None, None
 
 

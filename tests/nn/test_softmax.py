@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -68,11 +69,13 @@ def test_the_gradient_in_double_precision(max_logits):
 def test_no_more_logits_than_allowed_are_in_memory(monkeypatch, allowed, largest, computed):
     from dist_rec.nn import softmax
 
-    sizes, block = [], softmax._block
+    sizes, alive, block = [], [], softmax._block
 
     def counted(*args: Any):
+        assert not any(logits() is not None for logits in alive), "those of the block before are there no more"
         found = block(*args)
         sizes.append(found[1].numel())
+        alive.append(weakref.ref(found[1]))
         return found
 
     monkeypatch.setattr(softmax, "_block", counted)
