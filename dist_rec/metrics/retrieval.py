@@ -6,6 +6,7 @@ relevant items of a query, K length of the list that is judged.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ INTERVAL = "ci"
 """Last part of the name of a half-width of a 95 % confidence interval."""
 
 SLICES = ("head", "tail", "unseen")
+_log = logging.getLogger(__name__)
 _Z95 = 1.959963984540054
 _KINDS = ("recall", "map", "ndcg")
 
@@ -29,7 +31,8 @@ class RetrievalMetrics:
 
     k: list[int] = field(default_factory=lambda: [10, 50])  # lengths of the lists
     # a group that tells queries apart (a user, a source item): its rows of a split are one query with several relevant
-    # items, and its positives of earlier splits (for test: train and validation) are left out of its list. Empty: every
+    # items, and its positives of earlier splits (for test: train and validation) are left out of its list. What the
+    # query's side reads and excludes must be the same in all of them, else each row has a list of its own. Empty: every
     # row is a query, and nothing is left out
     query: str | None = None
     # sparse features, such as a history, whose ids are left out of the row's list too
@@ -87,9 +90,46 @@ def measures(
     Args:
         query, item: (n,). A pair that occurs twice counts once, at its best place. rank: (n,) place of the item in its
             query's list, from 1; 0 if it is not in the longest list. All rows of a query should be ranked in the same
-            list; they are not if a feature of the query, such as a history, differs between them.
+            list; they are not if a feature of the query, such as a history, differs between them. Of several lists
+            there can be more hits than places: no measure is above 1 even then, but it is that of no list.
         ks: the K.
     """
+    query, place = _places(query, item, rank)
+    _, starts, relevant = np.unique(query, return_index=True, return_counts=True)
+    # among the rows of its query, which one in the list each is, from 1
+    number = np.arange(len(query)) - np.repeat(starts, relevant) + 1
+    result = {}
+    for k in ks:
+        hit = place <= k
+        hits, most = _sums(hit, starts), np.minimum(relevant, k)
+        gain = hit / np.log2(np.where(hit, place, 1) + 1)
+        best = np.cumsum(1 / np.log2(np.arange(1, k + 1) + 1))[most - 1]
+        precision = np.minimum(hit * number / np.where(hit, place, 1), 1)
+        most = np.maximum(most, hits)  # more only in several lists, in which the ideal gain can be exceeded too
+        result[f"recall@{k}"] = _mean(hits / most)
+        result[f"map@{k}"] = _mean(_sums(precision, starts) / most)
+        result[f"ndcg@{k}"] = _mean(np.minimum(_sums(gain, starts) / best, 1))
+    first = place[starts]
+    result["mrr"] = _mean(np.where(first <= max(ks), 1 / first, 0))
+    return result
+
+
+def in_several_lists(
+    query: NDArray[np.int64], item: NDArray[np.int64], rank: NDArray[np.int64], longest: int
+) -> tuple[int, int]:
+    """How many queries have two items at the same place, which one list cannot, and how many queries there are.
+
+    query, item, rank: as `measures` takes them. longest: the largest K.
+    """
+    query, place = _places(query, item, rank)
+    same = (query[1:] == query[:-1]) & (place[1:] == place[:-1]) & (place[1:] <= longest)
+    return len(np.unique(query[1:][same])), len(np.unique(query))
+
+
+def _places(
+    query: NDArray[np.int64], item: NDArray[np.int64], rank: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Query and place of each pair of query and item, once and in this order; an item in no list is far away."""
     place = np.where(rank > 0, rank, np.iinfo(np.int64).max)
     order = np.lexsort((place, item, query))
     query, item, place = query[order], item[order], place[order]
@@ -97,22 +137,7 @@ def measures(
     once[1:] = (query[1:] != query[:-1]) | (item[1:] != item[:-1])
     query, place = query[once], place[once]
     order = np.lexsort((place, query))
-    query, place = query[order], place[order]
-    _, starts, relevant = np.unique(query, return_index=True, return_counts=True)
-    # among the rows of its query, which one in the list each is, from 1
-    number = np.arange(len(query)) - np.repeat(starts, relevant) + 1
-    result = {}
-    for k in ks:
-        hit, most = place <= k, np.minimum(relevant, k)
-        gain = hit / np.log2(np.where(hit, place, 1) + 1)
-        best = np.cumsum(1 / np.log2(np.arange(1, k + 1) + 1))[most - 1]
-        # never above 1, whatever lists the rows of a query were ranked in
-        precision = np.minimum(hit * number / np.where(hit, place, 1), 1)
-        for name, values, divisor in (("recall", hit, most), ("map", precision, most), ("ndcg", gain, best)):
-            result[f"{name}@{k}"] = _mean(_sums(values, starts) / divisor)
-    first = place[starts]
-    result["mrr"] = _mean(np.where(first <= max(ks), 1 / first, 0))
-    return result
+    return query[order], place[order]
 
 
 def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -143,9 +168,17 @@ def report(judged: Sequence[NDArray[np.int64]], config: RetrievalMetrics) -> dic
     """Every metric as `RetrievalMetrics.names` calls it, then again with "/slice=head" and so on at its end.
 
     judged: (n,) each: query, item and rank, as `measures` takes them, and the place in SLICES of each row's item. A
-    slice's relevant items are those of it alone, in the same lists.
+    slice's relevant items are those of it alone, in the same lists. Warns of queries that have several lists.
     """
     query, item, rank, of_slice = judged
+    several, queries = in_several_lists(query, item, rank, max(config.k))
+    if several:
+        _log.warning(
+            "%d of %d queries were ranked in several lists, as what is read or left out differs between their "
+            "rows; leave metrics.retrieval.query empty, or give one row per query",
+            several,
+            queries,
+        )
     result: dict[str, float] = {}
     parts = [("", np.ones(len(query), bool))] + [(f"/slice={n}", of_slice == i) for i, n in enumerate(SLICES)]
     for suffix, here in parts:

@@ -62,6 +62,24 @@ def test_a_pair_that_occurs_twice_counts_once_at_its_best_place():
     assert {n: mean for n, (mean, _) in twice.items()} == {n: mean for n, (mean, _) in once.items()}
 
 
+def test_several_lists_of_a_query_give_no_measure_above_1_and_are_told_of(caplog):
+    rows = 25  # items of one query, each in the first ten places of a list of its own
+    query, item, rank = np.zeros(rows, np.int64), np.arange(rows), np.arange(rows) % 10 + 1
+    found = measures(query, item, rank, [1, 10, 50])
+    assert all(mean <= 1 for mean, _ in found.values())
+    assert found["recall@10"][0] == found["recall@1"][0] == found["ndcg@10"][0] == 1
+    both_first = measures(np.array([1, 1]), np.array([5, 6]), np.array([1, 1]), [5])
+    assert both_first["ndcg@5"][0] == both_first["map@5"][0] == 1
+    # query 2 has one list as far as one can see, with two items beyond its end; of query 3 a pair occurs twice
+    query, item = np.append(query, [2, 2, 2, 3, 3]), np.append(item, [1, 2, 3, 1, 1])
+    rank = np.append(rank, [0, 0, 4, 4, 4])
+    report([query, item, rank, np.zeros(len(query), np.int8)], RetrievalMetrics(k=[10, 50]))
+    (record,) = caplog.records
+    assert "1 of 3 queries were ranked in several lists" in record.getMessage()
+    report([query[rows:], item[rows:], rank[rows:], np.zeros(5, np.int8)], RetrievalMetrics(k=[10, 50]))
+    assert len(caplog.records) == 1
+
+
 def test_slices_are_head_tail_and_unseen():
     frequency = np.array([5, 0, 9, 1, 0, 3, 7, 1, 1, 1, 4])  # item 4 is not in the catalogue, item 1 is, unseen
     catalogue = np.array([0, 1, 2, 3, 5, 6, 7, 8, 9, 10])
