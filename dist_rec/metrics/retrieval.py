@@ -38,7 +38,7 @@ class RetrievalMetrics:
     # sparse features, such as a history, whose ids are left out of the row's list too
     exclude: list[str] = field(default_factory=list)
     head: float = 0.1  # share of the catalogue, the most frequent items of train, that is the slice "head"
-    block: int = 8192  # items that are scored at a time; memory: a batch's queries times this
+    block: int = 8192  # items that are scored at a time; speed only, as the scores in memory are bounded
 
     def names(self) -> list[str]:
         """The metrics of all rows together, in the order of the reports."""

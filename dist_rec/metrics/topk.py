@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_MOST_SCORES = 2**25  # in memory at a time: 128 MiB
 _CANDIDATES = 0.125  # share of a block above the K-th best so far; beyond it, selecting within the block is faster
 
 
@@ -23,16 +24,40 @@ class TopK(NamedTuple):
 
 @torch.no_grad()
 def exact_topk(
-    queries: Tensor, vectors: Tensor, k: int, *, block: int = 8192, excluded: tuple[Tensor, Tensor] | None = None
+    queries: Tensor,
+    vectors: Tensor,
+    k: int,
+    *,
+    block: int = 8192,
+    excluded: tuple[Tensor, Tensor] | None = None,
+    most_scores: int = _MOST_SCORES,
 ) -> TopK:
-    """The K largest of `queries @ vectors.T` for each query. Memory: Q * block scores.
+    """The K largest of `queries @ vectors.T` for each query. Memory: `most_scores`, however many queries there are.
 
     Args:
         queries: (Q, D) float32. vectors: (N, D) float32.
+        block: vectors that are compared at a time, with as many queries as `most_scores` has room for.
         excluded: (m,) queries and (m,) rows of `vectors` that may not be found together, ascending by row.
+        most_scores: scores in memory at a time, 4 bytes each; speed and memory only.
     """
+    block = max(1, min(block, len(vectors), most_scores))
+    step = max(1, most_scores // block)
+    room = queries.new_empty(min(step, len(queries)) * block)  # fresh memory for every block costs page faults
+    found = [nothing(0, k, queries.device)]
+    for first in range(0, len(queries), step):
+        part, pairs = queries[first : first + step], excluded
+        if excluded is not None and len(part) < len(queries):
+            here = (excluded[0] >= first) & (excluded[0] < first + step)
+            pairs = excluded[0][here] - first, excluded[1][here]
+        found.append(_searched(part, vectors, k, block, pairs, room))
+    return TopK(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _searched(
+    queries: Tensor, vectors: Tensor, k: int, block: int, excluded: tuple[Tensor, Tensor] | None, room: Tensor
+) -> TopK:
+    """The K best for queries whose scores with a block fit into `room`."""
     best = nothing(len(queries), k, queries.device)
-    room = queries.new_empty(len(queries) * min(block, len(vectors)))  # fresh memory for every block costs page faults
     for start in range(0, len(vectors), block):
         part = vectors[start : start + block]
         scores = torch.mm(queries, part.T, out=room[: len(queries) * len(part)].view(len(queries), len(part)))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_rec.metrics.topk import exact_topk
 
@@ -30,6 +33,42 @@ def test_equals_a_full_sort(block, k, excludes):
     assert torch.equal(found.rows[:, :some], order[:, :some])
     assert (found.rows[:, some:] == -1).all()
     assert (found.scores[:, some:] == -torch.inf).all()
+
+
+class _Products(TorchDispatchMode):
+    """Shapes of all products of matrices, and the size of the largest tensor that anything gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        parts = result if isinstance(result, tuple | list) else [result]
+        self.largest = max([self.largest, *(t.numel() for t in parts if isinstance(t, torch.Tensor))])
+        if func.overloadpacket is torch.ops.aten.mm:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize(("block", "most"), [(64, 200), (7, 64), (64, 40), (1000, 2000), (64, 10**6)])
+def test_scores_are_bounded_whatever_the_number_of_queries_and_the_result_is_the_same(block, most):
+    g = torch.Generator().manual_seed(most)
+    queries, vectors = torch.randn(90, D, generator=g), torch.randn(N, D, generator=g)
+    pairs = torch.stack([torch.arange(90).repeat_interleave(3), (queries @ vectors.T).topk(3).indices.flatten()])
+    excluded = tuple(pairs[:, pairs[1].argsort()])
+    with _Products() as seen:
+        found = exact_topk(queries, vectors, 2, block=block, excluded=excluded, most_scores=most)
+    expected = exact_topk(queries, vectors, 2, block=N, excluded=excluded)
+    torch.testing.assert_close(found.scores, expected.scores)
+    assert torch.equal(found.rows, expected.rows)
+    width = min(block, N, most)
+    assert max(columns for _, columns in seen.shapes) == width
+    assert max(rows for rows, _ in seen.shapes) == min(90, most // width)
+    assert sum(rows * columns for rows, columns in seen.shapes) == 90 * N
+    # beside the scores: as many candidates at most, the vectors, the pairs and the results
+    assert seen.largest <= max(min(most, 90 * width), N * D, 3 * 90)
 
 
 def test_no_vectors_and_no_queries():
