@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ from dist_rec.nn.softmax import softmax_loss
 from dist_rec.settings import Complaint
 
 VIEW = "spread_out"
+ITEM = "spread_out#item"
+"""Group with the item that was drawn for each row, (B,) int64."""
 
 
 @dataclass
@@ -33,8 +36,8 @@ class Config:
     """What `auxiliary.spread_out:` takes."""
 
     weight: float = 0.1  # of the term; 0 leaves the run as if this were not there
-    # squared: (1/N) sum over pairs of <z_i, z_j>^2. softmax: the contrastive loss of identical views,
-    # (1/N) sum_i -log(e^(1/t) / sum_j e^(<z_i, z_j>/t))
+    # squared: (1/N) sum over pairs of <z_i, z_j>^2, an item that was drawn twice with itself too. softmax: the
+    # contrastive loss of identical views, (1/N) sum_i -log(e^(1/t) / sum_j e^(<z_i, z_j>/t)), where it is no negative
     form: Literal["squared", "softmax"] = "squared"
     temperature: float = 0.07  # t of the softmax
 
@@ -63,7 +66,8 @@ class Config:
 def _with_items(catalogue: Catalogue, seed: int, batch: Batch, step: int, rank: int) -> Batch:
     items = Draws(seed, VIEW, step).below(len(catalogue), "item", row_numbers(batch, rank))
     bags = {view_key(name, VIEW): found for name, found in catalogue.bags(items).items()}
-    return with_views(batch, bags, {VIEW: catalogue.dense(items)}, {})
+    groups = {ITEM: torch.from_numpy(catalogue.table.ids[items].astype(np.int64))}
+    return with_views(batch, bags, {VIEW: catalogue.dense(items)}, groups)
 
 
 class SpreadOut(nn.Module):
@@ -82,6 +86,13 @@ class SpreadOut(nn.Module):
             pairs = ((vectors @ (everyone.T @ everyone)) * vectors).sum(dim=1)
             losses = pairs - (vectors * vectors).sum(dim=1).square()
         else:
-            positive = torch.arange(len(vectors), device=vectors.device) + rank() * len(vectors)
-            losses = softmax_loss(vectors, everyone, positive, temperature=self._config.temperature)
+            ids = batch.groups[ITEM]
+            losses = softmax_loss(
+                vectors,
+                everyone,
+                torch.arange(len(ids), device=ids.device) + rank() * len(ids),
+                temperature=self._config.temperature,
+                row_ids=ids,
+                column_ids=gather(ids),
+            )
         return {"spread_out": self._config.weight * losses.mean()}

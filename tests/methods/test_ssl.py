@@ -16,6 +16,7 @@ from dist_rec.auxiliary.contrastive.masks import masked_features
 from dist_rec.auxiliary.contrastive.views import ITEM, NOISE, VIEWS, ItemViews, dropped, keep_dimensions
 from dist_rec.config import RunConfig, from_mapping
 from dist_rec.contract import ArchOutput
+from dist_rec.data.bags import unpacked
 from dist_rec.data.batch import Batch
 from dist_rec.data.catalogue import Catalogue
 from dist_rec.data.draws import Draws
@@ -86,9 +87,10 @@ def test_10_identity_views_give_the_softmax_form_of_spread_out_regularisation():
     assert squared == pytest.approx(((gram.sum() - gram.diagonal().sum()) / 200).item(), rel=1e-5)
 
 
-def _spread_out(form: Any, z: torch.Tensor, temperature: float) -> float:
+def _spread_out(form: Any, z: torch.Tensor, temperature: float, ids: torch.Tensor | None = None) -> float:
     module = spread_out.Config(weight=1.0, form=form, temperature=temperature).build(None, {})  # type: ignore[arg-type]
     batch = Batch(torch.zeros(0), None, torch.zeros(0), torch.zeros(0))  # type: ignore[arg-type]
+    batch.groups = {spread_out.ITEM: torch.arange(len(z)) if ids is None else ids}
     return module(ArchOutput(z, {}), batch, lambda view, change=None: z)["spread_out"].item()
 
 
@@ -103,6 +105,9 @@ def test_11_the_order_of_the_items_does_not_matter_and_copies_of_an_item_are_no_
     by_hand = -(similar.diagonal() / (similar.diagonal() + others)).log().mean().item()
     assert doubled == pytest.approx(by_hand, abs=1e-4)
     assert loss(one.repeat(2, 1), two.repeat(2, 1)) > doubled + 5e-4
+    same = one.repeat(2, 1)
+    assert _spread_out("softmax", same, 0.07, twice) == pytest.approx(loss(same, same, ids=twice), abs=1e-6)
+    assert _spread_out("softmax", same, 0.07) > _spread_out("softmax", same, 0.07, twice) + 0.1
 
 
 # masks
@@ -152,6 +157,34 @@ def test_values_are_dropped_one_by_one_and_keep_their_order():
     owner = np.repeat(np.arange(3000), lengths)
     assert np.array_equal(np.bincount(owner[kept.values], minlength=3000), kept.lengths)
     assert (dropped(bags, noise, 0.0).values == bags.values).all()
+
+
+def test_views_drop_values_of_lists_each_by_itself_and_show_nothing_that_is_hidden(tmp_path):
+    data = catalogues.write(tmp_path)
+    config = from_mapping(catalogues.values(data, tmp_path / "run"))
+    catalogue = Catalogue(config.schema, ItemTable(config.schema, read_footers(config.data.items), data / "cache"))
+    batch = Batch(torch.zeros(1000, 1), _no_ids(config, 1000), torch.zeros(1000, 0), torch.ones(1000))
+
+    def shown(hidden: list[str]) -> tuple[np.ndarray, dict[str, Ragged]]:
+        views = ItemViews(contrastive.Config(masking="none", hidden=hidden), {}, 0.3, catalogue, seed=0)
+        filled = views(batch, 3, 0)
+        return catalogue.table.rows(filled.groups[ITEM].numpy()), unpacked(filled.sparse)
+
+    rows, bags = shown([])
+    whole = catalogue.bags(rows)
+    for view in VIEWS:
+        for name in ("item", "brand"):
+            assert np.array_equal(bags[view_key(name, view)].lengths, np.ones(1000))
+            assert np.array_equal(bags[view_key(name, view)].values, whole[name].values)
+        tags = bags[view_key("tags", view)]
+        assert (tags.lengths <= whole["tags"].lengths).all()
+        assert len(tags.values) / len(whole["tags"].values) == pytest.approx(0.7, abs=0.05)
+    one, two = (bags[view_key("tags", view)].lengths for view in VIEWS)
+    assert 0.2 < (one != two).mean() < 0.8
+    _, bags = shown(["tags", "item"])
+    for view in VIEWS:
+        assert not len(bags[view_key("tags", view)].values) and not len(bags[view_key("item", view)].values)
+        assert len(bags[view_key("brand", view)].values) == 1000
 
 
 def test_masked_dimensions_differ_by_view_and_row_and_need_no_generator():

@@ -170,7 +170,7 @@ def _terms(rank: int, world_size: int) -> dict[str, tuple[float, torch.Tensor]]:
         config = choice("objectives" if module == "in_batch_softmax" else "auxiliary").load(module)(**settings)
         vectors = torch.nn.functional.normalize(whole_batch[:, here], dim=2).requires_grad_()
         batch = Batch(torch.zeros(0), None, torch.zeros(0), weights[here])  # type: ignore[arg-type]
-        batch.groups = {ITEM: items[here], "contrastive#item": items[here]}
+        batch.groups = {ITEM: items[here], "contrastive#item": items[here], "spread_out#item": items[here]}
         part = config.build(schema, {"query": 8, "item": 8})
         output = ArchOutput(torch.zeros(0), {"query": vectors[0], "item": vectors[1]})
         views = {"contrastive_1": vectors[0], "contrastive_2": vectors[1], "spread_out": vectors[0]}
