@@ -101,10 +101,18 @@ class RunConfig:
         return getattr(self.model, "evaluation", "labels")
 
     @property
+    def attached(self) -> dict[str, Any]:
+        """The auxiliaries that a run has: all but those of weight 0 that say so, which would be looked up for nothing.
+
+        An optimiser with momentum moves every row that is looked up, at a gradient of 0 too.
+        """
+        return {name: part for name, part in self.auxiliary.items() if not getattr(part, "is_off", False)}
+
+    @property
     def views(self) -> dict[str, Sequence[str]]:
-        """The views of all auxiliaries, in their order."""
+        """The views of all auxiliaries that are attached, in their order."""
         found: dict[str, Sequence[str]] = {}
-        for part in self.auxiliary.values():
+        for part in self.attached.values():
             found |= part.views(self.schema) if hasattr(part, "views") else {}
         return found
 

@@ -143,7 +143,10 @@ class ViewConfig(Protocol):
 
 
 class LossConfig(Protocol):
-    """`Config` of a file in `objectives/` or `auxiliary/`."""
+    """`Config` of a file in `objectives/` or `auxiliary/`.
+
+    One in `auxiliary/` may have a property `is_off`, True at weight 0: then no run builds it or makes its views.
+    """
 
     def build(self, schema: Schema, representation_dims: Mapping[str, int]) -> nn.Module:
         """The `LossTerms` module; a representation that the arch does not declare raises, listing those that exist."""

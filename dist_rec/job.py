@@ -209,7 +209,7 @@ class JobData:
         if not self._config.views:
             return None
         assert self.catalogue is not None
-        parts = [part for part in self._config.auxiliary.values() if hasattr(part, "views")]
+        parts = [part for part in self._config.attached.values() if hasattr(part, "views")]
         fills: list[Fill] = [part.fill(self.catalogue, self._config.run.seed) for part in parts]
         return partial(_fill_all, fills, first_step, self._runtime.rank)
 

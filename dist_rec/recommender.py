@@ -133,7 +133,7 @@ def build(config: RunConfig, table_device: str = "meta") -> tuple[Recommender, l
     arch = config.model.build(config.schema)
     objective = config.objective.build(config.schema, arch.representation_dims)
     with torch.random.fork_rng(devices=[]):
-        extra = {name: c.build(config.schema, arch.representation_dims) for name, c in config.auxiliary.items()}
+        extra = {name: c.build(config.schema, arch.representation_dims) for name, c in config.attached.items()}
     compared = chosen(config.metrics.correlation, arch.representation_dims)
     by_name = ("query", "item") if config.evaluation == "retrieval" else ()
     dense = DensePart(arch, objective, extra, config.train.precision, compared, by_name)

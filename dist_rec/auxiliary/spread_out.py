@@ -41,6 +41,11 @@ class Config:
     form: Literal["squared", "softmax"] = "squared"
     temperature: float = 0.07  # t of the softmax
 
+    @property
+    def is_off(self) -> bool:
+        """Whether a run is to be as if this were not there."""
+        return self.weight == 0
+
     def views(self, schema: Schema) -> Views:
         """One view of every feature of the item, with nothing masked."""
         return {VIEW: tuple(schema.item_features())}

@@ -242,6 +242,31 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in checkpoint.path.glob("*.distcp")}
 
 
+def _looked_up(rank: int, world_size: int, configs: list[RunConfig]) -> list[tuple[set[str], set[str], set[str]]]:
+    """Per config: keys of a training batch, its groups, and the auxiliaries of the model."""
+    found = []
+    for config in configs:
+        loader = JobData(config, runtime(rank, world_size), splits=("train",)).train(None)
+        batch = next(iter(loader))
+        loader.close()
+        found.append((set(batch.sparse.keys()), set(batch.groups), set(build(config)[0].dense.auxiliaries)))
+    return found
+
+
+@pytest.mark.parametrize("off", ["contrastive", "spread_out", "both"])
+def test_at_a_weight_of_0_nothing_is_drawn_looked_up_or_built(data, tmp_path, off):
+    weights = {"contrastive": {"alpha": 0.3, "correlation": CORRELATION}, "spread_out": {"weight": 0.3}}
+    zero = {"contrastive": {"alpha": 0.0}, "spread_out": {"weight": 0.0}}
+    gone = list(weights) if off == "both" else [off]
+    kept = {name: part for name, part in weights.items() if name not in gone}
+    both = {"auxiliary": merged(weights, {name: zero[name] for name in gone})}
+    with_0, without = (_config(data, tmp_path, settings) for settings in (both, {"auxiliary": kept}))
+    (found,) = run_ranks(_looked_up, 1, [with_0, without])
+    assert found[0] == found[1] and found[0][2] == set(kept)
+    assert with_0.views == without.views
+    assert any("#" in key for key in found[0][0]) == bool(kept)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_weight_of_0_is_bit_for_bit_the_run_without(data, tmp_path, world_size):
     off = {"contrastive": {"alpha": 0.0, "correlation": CORRELATION}, "spread_out": {"weight": 0.0}}

@@ -43,6 +43,11 @@ class Config(Masking):
     # mutual information of the item table's columns, for cfm: `dist-rec correlation` writes a file to put under `base`
     correlation: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    @property
+    def is_off(self) -> bool:
+        """Whether a run is to be as if this were not there."""
+        return self.alpha == 0
+
     def views(self, schema: Schema) -> Views:
         """Two views of every feature of the item."""
         return dict.fromkeys(VIEWS, tuple(schema.item_features()))
