@@ -3,7 +3,7 @@ after a stop."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +313,7 @@ def _evaluated(rank: int, world_size: int, config: RunConfig) -> dict[str, float
 
 
 def _by_hand(config: RunConfig, query: str | None, exclude: list[str]) -> dict[str, float]:
-    """Lists by a full sort of all items, on one process; recall and MRR by a loop."""
+    """Lists by a full sort of all items, on one process; recall, by slice too, and MRR by a loop."""
     model, tables = build(config, table_device="cpu")
     initialise(model.state_dict(), tables, config.run.seed)
     model.eval()
@@ -340,10 +340,18 @@ def _by_hand(config: RunConfig, query: str | None, exclude: list[str]) -> dict[s
             left_out |= earlier[user] if query else set()
             listed = [i for i in order if i == item or i not in left_out]
             places.append((user if query else len(places), item, listed.index(item) + 1))
-    queries = defaultdict(dict)
+    seen = Counter(splits[0]["item"].to_pylist())
+    popular = sorted((int(i) for i in catalogue.table.ids), key=lambda i: (-seen[i], i))
+    head = set(popular[: round(config.metrics.retrieval.head * len(popular))])
+    queries, sliced = defaultdict(dict), {"head": defaultdict(dict), "tail": defaultdict(dict)}
     for user, item, place in places:
         queries[user][item] = place
+        if seen[item]:
+            sliced["head" if item in head else "tail"][user][item] = place
     found = {}
+    for name, of_slice in sliced.items():
+        hits = [sum(p <= 20 for p in q.values()) / len(q) for q in of_slice.values()]
+        found[f"recall@20/slice={name}"] = float(np.mean(hits))
     for k in config.metrics.retrieval.k:
         hits = [sum(p <= k for p in q.values()) / min(k, len(q)) for q in queries.values()]
         found[f"recall@{k}"] = float(np.mean(hits))
@@ -379,6 +387,7 @@ def test_lists_over_the_whole_catalogue_are_exact_on_any_number_of_ranks(data, t
         assert all(m == pytest.approx(metrics[0], nan_ok=True) for m in metrics)
         assert {name: metrics[0][name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert 0 < expected["recall@3"] < expected["recall@20"] < 1
+    assert expected["recall@20/slice=head"] != expected["recall@20/slice=tail"] != expected["recall@20"]
 
 
 def test_training_stops_early_by_recall_and_evaluate_repeats_the_figures(data, tmp_path):
