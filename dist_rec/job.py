@@ -161,7 +161,7 @@ class JobData:
             raise unexpected
         if isinstance(answer, DataSetError):
             raise answer
-        self._footers = {split: footers for split, footers in answer.items() if split in splits}
+        self._footers = {split: footers for split, footers in answer.items() if split in (*splits, ITEMS)}
         if not runtime.is_main:
             self._derive(answer, splits)
 
@@ -216,6 +216,10 @@ class JobData:
     def split(self, name: str) -> Callable[[], Loader] | None:
         """A maker of loaders over "validation" or "test", one pass in file order; None if the config has none."""
         return partial(self._loader, name) if name in self._footers else None
+
+    def items(self) -> dict[str, int | str] | None:
+        """The fingerprint of the item table; None if there is none."""
+        return fingerprint(self._footers[ITEMS]) if ITEMS in self._footers else None
 
     def once(self, name: str) -> Loader:
         """One pass over a split that the config has, in file order."""

@@ -15,7 +15,7 @@ from dist_rec.embeddings.sharding import describe, sharding_types
 from dist_rec.job import JobData, load_config, run_entry
 from dist_rec.recommender import distribute
 from dist_rec.training.checkpoint import Checkpointer, CheckpointError, check_reshardable
-from dist_rec.training.compatible import check_compatible
+from dist_rec.training.compatible import check_compatible, check_same_items
 from dist_rec.training.evaluation import Evaluation, evaluate
 from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime, process
@@ -67,6 +67,7 @@ class _Training:
         self.renewed: list[str] = []
         if self.checkpoint is not None:
             self.renewed = check_compatible(self.checkpoint.meta["config"], to_mapping(config))
+            check_same_items(self.checkpoint.meta.get("items"), self.data.items())
             saved, cursor = self.checkpoint.meta["plan"], self.checkpoint.meta["cursor"]
         self.parts = distribute(config, runtime, saved)
         if saved is not None:
@@ -138,6 +139,7 @@ class _Training:
         facts = {
             "plan": sharding_types(self.parts.plan),
             "config": to_mapping(config),
+            "items": self.data.items(),
             "judged_by": [rule.metric if rule is not None else None, config.data.validation],
             "versions": versions.installed(),
         }

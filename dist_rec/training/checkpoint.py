@@ -4,7 +4,7 @@ Layout of `<run.dir>/checkpoints/step-00000100/`::
 
     .metadata, *.distcp   model and optimiser state, written by torch.distributed.checkpoint
     rank-0.pt, ...        per rank: random-number state and the window of training metrics
-    meta.json             step, data cursor, config, sharding, versions, and the size of every other file
+    meta.json             step, data cursor, item table, config, sharding, versions, and the size of every other file
 
 A checkpoint is written under a dot-name and renamed when it is whole; `meta.json` comes last. So a folder that has the
 right name and whose files have the listed sizes is complete, and nothing else is believed.

@@ -66,6 +66,22 @@ def check_same_model(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     _refuse(changes, "Put these back, or correct run.dir; the config.yaml in a run's folder has all its settings")
 
 
+def check_same_items(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> None:
+    """Compares the fingerprint of a checkpoint's item table with that of the run that would continue it.
+
+    Either may be None: there was no table, or the checkpoint is of a version that did not look at it.
+
+    Raises:
+        CheckpointError: if the files differ. Items are drawn by their row in the table: the run would draw others.
+    """
+    changed = [f"{k} {saved.get(k)} -> {v}" for k, v in now.items() if saved.get(k) != v] if saved and now else []
+    if changed:
+        raise CheckpointError(
+            f"data.items: the item table changed since the checkpoint ({'; '.join(changed)}), and items are drawn by "
+            "their row in it; give the same files, or train anew in another run.dir"
+        )
+
+
 def _refuse(changes: list[str], fix: str) -> None:
     if changes:
         text = "the config differs from the checkpoint's in what its parameters mean:"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,6 +16,7 @@ from dist_rec.config import from_mapping
 from dist_rec.settings import ConfigError
 from dist_rec.training.checkpoint import CheckpointError, find
 from dist_rec.training.compatible import check_same_model
+from tests import catalogues
 from tests.ranks import run_ranks
 from tests.runs import merged, reports, train_all, values, write
 
@@ -240,3 +243,22 @@ def test_a_second_run_in_a_folder_in_use_is_refused(data, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert all("is in use by another run" in said[0] for said in run_ranks(_attempts, 2, [run]))
     assert run_ranks(_attempts, 2, [run])[0] == ["trained"]
+
+
+def test_another_item_table_is_refused_and_the_same_one_elsewhere_is_not(tmp_path):
+    """Items are drawn by their row in it, which the position in the training data does not say."""
+    data = catalogues.write(tmp_path / "data")
+    moved, grown = tmp_path / "moved", tmp_path / "grown"
+    for folder in (moved, grown):
+        shutil.copytree(data / "items", folder)
+    row = pa.table({"id": [catalogues.ABSENT[0]], "tags": [[1]], "brand": [2], "price": pa.array([1.0], pa.float32())})
+    items = pq.read_table(grown / "b.parquet")
+    pq.write_table(pa.concat_tables([items, row.cast(items.schema)]), grown / "b.parquet")
+
+    def run(steps: int, table: Path) -> dict[str, Any]:
+        rest = {"train": {"steps": steps}, "auxiliary": {"spread_out": {}}}
+        return catalogues.values(data, tmp_path / "run", **merged(rest, {"data": {"items": str(table)}}))
+
+    first, refused, again = run_ranks(_attempts, 1, [run(4, data / "items"), run(8, grown), run(8, moved)])[0]
+    assert (first, again) == ("trained", "trained")
+    assert "data.items: the item table changed since the checkpoint (rows 95 -> 96" in refused
