@@ -29,8 +29,8 @@ from dist_rec.serving.retrieval import (
     ITEM,
     QUERY,
     VECTORS,
+    empty_index,
     index_recall,
-    read_vectors,
     write_index,
     write_vectors,
 )
@@ -45,15 +45,16 @@ USAGE = """usage: dist-rec export CONFIG [key=value ...]
 
 Writes the plain model of a run to run.dir/export: two-layer tables become single ones, auxiliaries and what else only
 training needs are left out, tensors have the names and shapes of a model that was trained without them. Needs one
-process, no GPU, and memory that does not depend on the number of rows. CONFIG is the one the run was trained with, or
-the config.yaml in its folder.
+process, no GPU, and memory that does not depend on the number of rows of a table; an index over items is in memory as a
+whole. CONFIG is the one the run was trained with, or the config.yaml in its folder.
 
   model.safetensors   the tensors          config.yaml   the plain config          report.json   what is printed
 
 Of a model with two towers the folder has the folders query and item, an export of each tower with these files, and
 
   items.parquet       every item of data.items and its vector
-  items.faiss         an index over them (needs faiss-cpu), whose recall against exact search is printed
+  items.faiss         an index over them (needs faiss-cpu), whose recall against exact search is printed; Flat takes
+                      4 bytes x items x width, here and in memory
 
 Overrides:
   run.dir=runs/mine                the run whose checkpoints are read
@@ -90,6 +91,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 def _write_all(config: RunConfig, checkpoint: Path, report: dict[str, Any], folder: Path) -> list[str]:
     """Everything that an export holds, from the checkpoint in folder `checkpoint`; returns what there is to print."""
     lines: list[str] = []
+    empty = _empty_index(config)
     parts = config.model.parts() if hasattr(config.model, "parts") else {"": config.model}
     shapes = {name: served(replace(config, model=part)).state_dict() for name, part in parts.items()}
     with StoredModel(checkpoint) as stored:
@@ -99,7 +101,7 @@ def _write_all(config: RunConfig, checkpoint: Path, report: dict[str, Any], fold
             collapsed = _write(stored, own, shapes[name], others, folder / name, report)
             lines += [*([f"{name}:"] if name else []), *format_report(collapsed)]
     if config.evaluation == "retrieval":
-        found = _write_catalogue(config, folder)
+        found = _write_catalogue(config, folder, empty)
         lines += [f"{name}: {value}" for name, value in found.items()]
         (folder / REPORT).write_text(to_json({**report, **found}, indent=1))
     return lines
@@ -121,7 +123,15 @@ def _write(
     return collapsed
 
 
-def _write_catalogue(config: RunConfig, folder: Path) -> dict[str, Any]:
+def _empty_index(config: RunConfig) -> tuple[Any, str] | None:
+    """The index that is wanted, made before anything is computed, so that what is wrong with it costs nothing."""
+    if config.evaluation != "retrieval" or config.export.index == "none":
+        return None
+    width = served(config).dense.arch.representation_dims[ITEM]
+    return empty_index(config.export.index, len(open_items(config)), width, config.export.probes)
+
+
+def _write_catalogue(config: RunConfig, folder: Path, empty: tuple[Any, str] | None) -> dict[str, Any]:
     """The vectors of all items and the index over them; what there is to say of these."""
     assert config.schema.items is not None
     part, batch_size = load_part(folder / ITEM), config.data.eval_batch_size or config.data.batch_size
@@ -132,13 +142,15 @@ def _write_catalogue(config: RunConfig, folder: Path) -> dict[str, Any]:
         key = config.schema.items.key
         write_vectors(folder / VECTORS, key, Catalogue(config.schema, table), encode, batch_size)
     found: dict[str, Any] = {"items": len(table), "encode_seconds": time.perf_counter() - started}
-    if config.export.index == "none":
+    if empty is None:
         return found
-    index = write_index(folder / VECTORS, folder / INDEX, config.export.index, config.export.probes)
+    index, factory = empty
+    write_index(index, factory, folder / VECTORS, folder / INDEX)
+    index.reset()  # it is read again below, as whoever uses it will
     split, queries = _queries(config, folder)
-    recall = index_recall(folder / INDEX, read_vectors(folder / VECTORS), queries, config.export.recall_at)
+    recall = index_recall(folder / INDEX, folder / VECTORS, queries, config.export.recall_at)
     told = f"index_recall@{config.export.recall_at}"
-    return {**found, "index": index, "queries": f"{len(queries)} rows of {split}", told: recall}
+    return {**found, "index": factory, "queries": f"{len(queries)} rows of {split}", told: recall}
 
 
 def _queries(config: RunConfig, folder: Path) -> tuple[str, Tensor]:

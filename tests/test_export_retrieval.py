@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dist_rec import cli
+from dist_rec import cli, export
 from dist_rec.config import from_mapping
 from dist_rec.job import JobData, restore
 from dist_rec.predict import load_part
@@ -152,8 +152,6 @@ def test_an_index_is_built_searched_and_compared(data, trained, tmp_path, capsys
             assert lists[0]["items"].to_pylist() == lists[1]["items"].to_pylist()
     assert recalls["auto"] == 1
     assert 0.1 < recalls["IVF8,Flat"] < 1, "one list of eight cannot hold everything"
-    with pytest.raises(SystemExit, match="is 'Nonsense', which FAISS does not understand"):
-        cli.main(["export", config, f"export.path={tmp_path}/other", "export.index=Nonsense"])
 
 
 def test_recall_of_a_list_that_misses_half_is_a_half(tmp_path, monkeypatch):
@@ -166,9 +164,52 @@ def test_recall_of_a_list_that_misses_half_is_a_half(tmp_path, monkeypatch):
             return Index()
 
     monkeypatch.setattr(retrieval, "faiss", Library)
-    vectors = retrieval.Vectors(np.arange(10, 16), torch.eye(6))
+    path = tmp_path / "items.parquet"
+    values = pa.FixedSizeListArray.from_arrays(pa.array(torch.eye(6).flatten().numpy()), 6)
+    # in row groups that are shorter than the list
+    pq.write_table(pa.table({"id": np.arange(10, 16), "vector": values}), path, row_group_size=2)
     queries = torch.tensor([[9, 8, 7, 6, 0, 0.0], [9, 8, 7, 6, 0, 0]])
-    assert retrieval.index_recall(tmp_path, vectors, queries, 4) == 0.5
+    assert retrieval.index_recall(tmp_path, path, queries, 4) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ("Nonsense", "is 'Nonsense', which FAISS does not understand"),
+        ("IVF1024,Flat", "is 'IVF1024,Flat', which has 1024 lists for 95 items; use fewer lists"),
+    ],
+)
+def test_what_is_wrong_with_an_index_is_said_before_anything_is_written(trained, tmp_path, monkeypatch, index, words):
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    config = str(_folder(trained["shared"]) / "config.yaml")
+    monkeypatch.delattr(export, "_write")
+    with pytest.raises(SystemExit, match=words):
+        cli.main(["export", config, f"export.path={tmp_path}/export", f"export.index={index}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_that_cannot_be_trained_on_so_few_items_names_them(trained, tmp_path):
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    config = str(_folder(trained["shared"]) / "config.yaml")
+    for index, words in (
+        ("IVF8,PQ4", "with 8 lists cannot be trained on 95 items"),
+        ("PQ4", "which cannot be trained"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            cli.main(["export", config, f"export.path={tmp_path}/export", f"export.index={index}"])
+
+
+def test_auto_is_an_inverted_file_where_there_are_many_items(trained, tmp_path, monkeypatch):
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    monkeypatch.setattr(retrieval, "_EXACT_UP_TO", 94)
+    config, folder = str(_folder(trained["shared"]) / "config.yaml"), tmp_path / "export"
+    recalls = {}
+    for probes in (1, 1000):
+        cli.main(["export", config, f"export.path={folder}", f"export.probes={probes}"])
+        report = json.loads((folder / "report.json").read_text())
+        assert report["index"] == "IVF32,Flat"  # 4 * sqrt(95) is 39
+        recalls[probes] = report["index_recall@10"]
+    assert recalls[1] < recalls[1000] == 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_rec.data.batch import Batch
 from dist_rec.data.catalogue import Catalogue
 from dist_rec.data.ids import Ragged
-from dist_rec.metrics.topk import exact_topk
+from dist_rec.metrics.topk import exact_topk, merged, nothing
 from dist_rec.settings import Complaint, ConfigError
 
 QUERY, ITEM = "query", "item"
@@ -95,32 +95,52 @@ def faiss() -> Any:
         raise ConfigError([Complaint("export.index", text)]) from error
 
 
-def write_index(vectors: Path, path: Path, factory: str, probes: int) -> str:
-    """Builds a FAISS index over inner products from the vectors' file, a row group at a time; returns its description.
+def empty_index(factory: str, count: int, width: int, probes: int) -> tuple[Any, str]:
+    """A FAISS index over inner products for N vectors of width V, and its description; nothing is computed for it yet.
 
-    factory: FAISS's description of an index, or "auto": exact up to 50,000 items, else an inverted file. probes: lists
-    of an inverted file that a search reads.
+    Args:
+        factory: FAISS's description of an index, or "auto": exact up to 50,000 items, else an inverted file.
+        count: N. width: V. probes: lists of an inverted file that a search reads.
+
+    Raises:
+        ConfigError: FAISS is not installed or knows no such index, or there are more inverted lists than items.
     """
-    library, count = faiss(), pq.ParquetFile(vectors).metadata.num_rows
+    library = faiss()
     if factory == "auto":
         lists = 2 ** round(np.log2(_LISTS_PER_ROOT * count**0.5))
         factory = "Flat" if count <= _EXACT_UP_TO else f"IVF{lists},Flat"
-    width = next(_blocks(vectors)).values.shape[1]
     try:
-        index = library.index_factory(width, f"IDMap2,{factory}", library.METRIC_INNER_PRODUCT)
+        index = library.index_factory(width, f"IDMap,{factory}", library.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         text = f"is '{factory}', which FAISS does not understand; use auto, Flat, HNSW32, IVF1024,Flat or the like"
         raise ConfigError([Complaint("export.index", text)]) from error
     inverted = library.try_extract_index_ivf(index)
+    if inverted is not None and inverted.nlist > count:
+        text = f"is '{factory}', which has {inverted.nlist} lists for {count} items; use fewer lists, or auto"
+        raise ConfigError([Complaint("export.index", text)])
     if inverted is not None:
         inverted.nprobe = min(probes, inverted.nlist)
+    return index, factory
+
+
+def write_index(index: Any, factory: str, vectors: Path, path: Path) -> None:
+    """Fills an `empty_index` from the vectors' file, a row group at a time, and writes it. Memory: the index.
+
+    Raises ConfigError if it cannot be trained on so few items.
+    """
+    library, count = faiss(), pq.ParquetFile(vectors).metadata.num_rows
     if not index.is_trained:
-        wanted = _TRAINED_ON * (inverted.nlist if inverted is not None else _TRAINED_ON)
-        index.train(_sample(vectors, max(1, count // wanted)))
+        inverted = library.try_extract_index_ivf(index)
+        lists = inverted.nlist if inverted is not None else 0
+        try:
+            index.train(_sample(vectors, max(1, count // (_TRAINED_ON * (lists or _TRAINED_ON)))))
+        except RuntimeError as error:
+            having = f"with {lists} lists " if lists else ""
+            text = f"is '{factory}', which {having}cannot be trained on {count} items; use auto, Flat or HNSW32"
+            raise ConfigError([Complaint("export.index", text)]) from error
     for block in _blocks(vectors):
         index.add_with_ids(block.values.numpy(), block.ids)
     library.write_index(index, str(path))
-    return factory
 
 
 def _sample(path: Path, every: int) -> np.ndarray:
@@ -128,12 +148,19 @@ def _sample(path: Path, every: int) -> np.ndarray:
     return np.concatenate([block.values.numpy()[::every] for block in _blocks(path)])
 
 
-def index_recall(path: Path, vectors: Vectors, queries: Tensor, k: int) -> float:
-    """The share of the exact lists of length K that the index finds, mean over the queries (n, V)."""
-    k = min(k, len(vectors.ids))
+def index_recall(path: Path, vectors: Path, queries: Tensor, k: int) -> float:
+    """The share of the exact lists of length K that the index finds, mean over the queries (n, V). Memory: the index.
+
+    vectors: their file, of which a row group is in memory at a time.
+    """
+    k = min(k, pq.ParquetFile(vectors).metadata.num_rows)
     _, found = faiss().read_index(str(path)).search(queries.numpy(), k)
-    exact = vectors.ids[exact_topk(queries, vectors.values, k).rows.numpy()]
-    hits = [len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]
+    best = nothing(len(queries), k, queries.device)
+    for ids, values in _blocks(vectors):
+        part = exact_topk(queries, values, k)
+        # where a block is too short for a list, the score says that there is nothing
+        best = merged(best, part._replace(rows=torch.tensor(ids)[part.rows]), k)
+    hits = [len(set(a) & set(b)) for a, b in zip(found.tolist(), best.rows.tolist(), strict=True)]
     return float(np.mean(hits)) / k
 
 
