@@ -48,7 +48,8 @@ catalogue, all of which are compared, and their inner products. Memory: all vect
   items=items.parquet    the item table, where the model reads columns joined from it; default: that of training
   cache=.data/cache      where what is derived from it is kept
   k=10                   two towers: items of each list
-  exclude=[history]      two towers: features of the query whose items are left out of its list
+  exclude=[history]      two towers: features of the query whose items are left out of its list, as far as the model
+                         reads them: those that max_length cuts off stay
   search=index           two towers: ask the exported index instead of comparing with all items
 """
 

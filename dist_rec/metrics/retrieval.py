@@ -35,7 +35,8 @@ class RetrievalMetrics:
     # query's side reads and excludes must be the same in all of them, else each row has a list of its own. Empty: every
     # row is a query, and nothing is left out
     query: str | None = None
-    # sparse features, such as a history, whose ids are left out of the row's list too
+    # sparse features, such as a history, whose ids are left out of the row's list too: those that the model reads. Of a
+    # list that the feature's max_length cuts, the items beyond it stay
     exclude: list[str] = field(default_factory=list)
     head: float = 0.1  # share of the catalogue, the most frequent items of train, that is the slice "head"
     block: int = 8192  # items that are scored at a time; speed only, as the scores in memory are bounded

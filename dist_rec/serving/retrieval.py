@@ -168,7 +168,8 @@ class Lists:
     """Answers queries with the K items of the largest inner product: all items are compared, or an index is asked.
 
     Args:
-        excluded: features of a query whose items are left out of its list.
+        excluded: features of a query whose items are left out of its list, cut to their max_length as the model reads
+            them.
     """
 
     def __init__(self, export: Path, k: int, search: str, excluded: Sequence[str], device: torch.device) -> None:
