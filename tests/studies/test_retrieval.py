@@ -36,11 +36,11 @@ CASE = Case("beauty", "two_tower", 0.1)
 USERS = {1: [5, 6, 7, 8], 2: [6, 5, 8, 7], 3: [5, 6, 9, 7]}
 
 
-def _amazon(folder: Path) -> Path:
-    """Three users, in files as the data folder has them."""
+def _amazon(folder: Path, users: dict[int, list[int]] = USERS) -> Path:
+    """A few users, in files as the data folder has them."""
     rows = [
         (user, item, pos, max(0, pos - len(items) + 3))
-        for user, items in USERS.items() for pos, item in enumerate(items)
+        for user, items in users.items() for pos, item in enumerate(items)
     ]  # fmt: skip
     (folder / "s3rec_amazon").mkdir()
     columns = dict(zip(("user_id", "item_id", "pos", "split"), zip(*rows, strict=True), strict=True))
@@ -76,6 +76,19 @@ def test_baselines_by_hand(tmp_path: Path) -> None:
     assert found["popularity"].metrics["recall@1/slice=unseen"] == 1
     near = retrieval_data._cosines(np.array([1, 1, 2, 2, 3]), np.array([5, 6, 5, 7, 5]), 8)
     assert near[5, 6] == pytest.approx(1 / 3**0.5) and near[6, 7] == 0 and near[5, 5] == 0
+
+
+def test_lists_of_both_baselines_by_hand(tmp_path: Path) -> None:
+    """In train 5 goes with 8, and 7 with 9; 5, 7 and 9 are there twice, 8 once, 6 never."""
+    users = {1: [5, 6, 8], 2: [5, 8, 6, 9], 3: [7, 9, 5, 6], 4: [7, 9, 8, 5]}
+    folder = retrieval_data.prepare("beauty", _amazon(tmp_path, users), tmp_path / "all", 1)
+    found = retrieval_data.baselines("beauty", folder, RetrievalMetrics(k=[1, 2]))
+    # lists of items that go with earlier ones first: 8 7 9, 7 9, 8 6 and 5 6
+    assert found["item_knn"].metrics["recall@1"] == 2 / 4
+    assert found["item_knn"].metrics["mrr"] == (1 + 1 / 2 + 1 / 2 + 1) / 4
+    # lists of frequent items first: 7 9 8, 7 9, 8 6 and 5 6
+    assert found["popularity"].metrics["recall@1"] == 1 / 4
+    assert found["popularity"].metrics["mrr"] == (0 + 1 / 2 + 1 / 2 + 1) / 4
 
 
 def test_a_link_does_not_know_of_itself() -> None:
