@@ -285,9 +285,9 @@ class _Reader:
             self._thread.join(_JOIN_SECONDS)
 
     def _run(self) -> None:
-        yield_to_training()
         number, counts = 0, PolicyCounts()
         try:
+            yield_to_training()
             for block in self._blocks(counts):
                 for batch in block:
                     ready = self._finished(batch, number, counts)

@@ -5,6 +5,7 @@ All threads are daemons and every wait ends when the channel or the pool is clos
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -112,8 +113,13 @@ def yield_to_training() -> None:
 
     Reading runs ahead and can wait; a rank that loses its core to it for a moment makes all other ranks wait.
     """
-    if sys.platform == "linux":  # the only system where a thread has a niceness of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    if sys.platform != "linux":  # the only system where a thread has a niceness of its own
+        return
+    thread = threading.get_native_id()
+    # a process started with a higher niceness keeps it: lowering one takes privileges. Where a sandbox refuses even
+    # this, reading with the trainer's priority costs pace, not reading at all would cost the run
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 class DaemonPool:
@@ -142,11 +148,11 @@ class DaemonPool:
             thread.join(_JOIN_SECONDS)
 
     def _work(self) -> None:
-        yield_to_training()
         while (item := self._calls.get()) is not None:
             future, call = item
             if future.set_running_or_notify_cancel():
                 try:
+                    yield_to_training()  # in here, where a failure reaches whoever waits; of no cost beside a row group
                     future.set_result(call())
                 except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the result
                     future.set_exception(error)
