@@ -181,7 +181,8 @@ def process(settings: RunSettings) -> Iterator[Runtime]:
     if ours:
         # with device_id NCCL connects at once, so that a GPU that cannot be reached fails here
         common: dict[str, Any] = {"backend": "nccl" if cuda else "gloo", "device_id": device if cuda else None}
-        if "MASTER_ADDR" in os.environ:
+        # not MASTER_ADDR, which shells of clusters and notebooks have without a launcher
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             dist.init_process_group(timeout=timeout, **common)
         else:  # no launcher: a store of our own needs no port
             os.environ.setdefault("LOCAL_WORLD_SIZE", "1")  # TorchRec asks for it
