@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from dist_rec.training.report import Reporter
 from dist_rec.training.runtime import Runtime, process
 from dist_rec.training.trainer import Trainer
 from dist_rec.training.weights import WeightRecorder
+
+log = logging.getLogger(__name__)
 
 USAGE = """usage: dist-rec train CONFIG [key=value ...]
 
@@ -75,14 +78,19 @@ class _Training:
         self.loader = self.data.train(cursor, self.checkpoint.step if self.checkpoint is not None else 0)
 
     def _locked(self) -> TextIO | None:
-        """Rank 0 holds a lock on the run folder, which ends with the process; a second run in it is refused."""
+        """Rank 0 holds a lock on the run folder, which ends with the process; a second run in it is refused.
+
+        Where the file system has no locks the run goes on without one.
+        """
         lock, problem = None, None
         if self.runtime.is_main:
             lock = open(self.checkpointer.folder / ".lock", "a+")  # noqa: SIM115 - held until the process ends
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except BlockingIOError:  # somebody has it
                 problem = f"{self.folder} is in use by another run; wait for its end, or choose another run.dir"
+            except OSError as error:  # Lustre without -o flock, NFS without lockd, some FUSE mounts
+                log.warning("%s: no lock here (%s); two runs in this folder would not be noticed", self.folder, error)
         problem = self.runtime.broadcast(problem)
         if problem is not None:
             raise CheckpointError(problem)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -262,3 +265,26 @@ def test_another_item_table_is_refused_and_the_same_one_elsewhere_is_not(tmp_pat
     first, refused, again = run_ranks(_attempts, 1, [run(4, data / "items"), run(8, grown), run(8, moved)])[0]
     assert (first, again) == ("trained", "trained")
     assert "data.items: the item table changed since the checkpoint (rows 95 -> 96" in refused
+
+
+def _without_locks(rank: int, world_size: int, run: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What the run ends with, and its warnings, on a file system without locks."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+
+    def refuse(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        patch.setattr(logging.getLogger("dist_rec.train"), "handlers", [handler])
+        return _attempts(rank, world_size, [run]), said
+
+
+def test_a_file_system_without_locks_is_warned_of_and_trained_on(data, tmp_path):
+    first, second = run_ranks(_without_locks, 2, values(data, tmp_path / "run", train={"steps": 4}))
+    assert first[0] == second[0] == ["trained"]
+    (warning,) = first[1]
+    assert "no lock here (" in warning and "two runs in this folder would not be noticed" in warning
+    assert second[1] == []
