@@ -146,24 +146,19 @@ class JobData:
 
     def __init__(self, config: RunConfig, runtime: Runtime, splits: Sequence[str] = ("train", "validation", "test")):
         self._config, self._runtime = config, runtime
-        answer: dict[str, list[FileFooter]] | DataSetError = {}
-        unexpected: Exception | None = None
-        if runtime.is_main:
-            try:
-                answer = _read_splits(config, splits, runtime.world_size)
-                self._derive(answer, splits)  # written to the cache here, so that the others only open it
-            except DataError as error:
-                answer = DataSetError(str(error))
-            except Exception as error:  # noqa: BLE001 - raised again below, when nobody waits for the answer any more
-                answer, unexpected = DataSetError(f"rank 0 failed: {error!r}"), error
-        answer = runtime.broadcast(answer)
-        if unexpected is not None:
-            raise unexpected
-        if isinstance(answer, DataSetError):
-            raise answer
+        answer = runtime.from_main(partial(self._read, splits), DataSetError)
         self._footers = {split: footers for split, footers in answer.items() if split in (*splits, ITEMS)}
         if not runtime.is_main:
             self._derive(answer, splits)
+
+    def _read(self, splits: Sequence[str]) -> dict[str, list[FileFooter]]:
+        """Rank 0's part."""
+        try:
+            found = _read_splits(self._config, splits, self._runtime.world_size)
+            self._derive(found, splits)  # written to the cache here, so that the others only open it
+        except DataError as error:
+            raise DataSetError(str(error)) from error
+        return found
 
     def _derive(self, footers: dict[str, list[FileFooter]], splits: Sequence[str]) -> None:
         """What is computed from the files once and kept in the cache: the item table, and what was positive before."""

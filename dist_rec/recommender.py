@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
@@ -196,17 +195,7 @@ def distribute(config: RunConfig, runtime: Runtime, saved: Mapping[str, str] | N
     model, tables = build(config)
     compared = model.dense.compared
     fuse_table_optimizer(model.embeddings.collection.parameters(), config.optim.tables)
-    plan = plan_tables(
-        config,
-        model,
-        tables,
-        runtime.device.type,
-        runtime.world_size,
-        runtime.local_world_size,
-        device_memory=runtime.device_memory,
-        process_group=runtime.group,
-        saved=saved,
-    )
+    plan = plan_together(config, model, tables, runtime, saved)
     sharded = sharding.shard(
         model,
         plan,
@@ -227,6 +216,33 @@ def distribute(config: RunConfig, runtime: Runtime, saved: Mapping[str, str] | N
     return Distributed(sharded, StepOptimizer(sharded, config.optim), tables, plan, Diagnostics(compared, of_tables))
 
 
+def plan_together(
+    config: RunConfig,
+    model: Recommender,
+    tables: list[Table],
+    runtime: Runtime,
+    saved: Mapping[str, str] | None = None,
+) -> ShardingPlan:
+    """Rank 0's plan for the ranks of this job, for machines like its own, on every rank. Collective.
+
+    Raises PlanError on every rank.
+    """
+
+    def plan() -> ShardingPlan:
+        return plan_tables(
+            config,
+            model,
+            tables,
+            runtime.device.type,
+            runtime.world_size,
+            runtime.local_world_size,
+            device_memory=runtime.device_memory,
+            saved=saved,
+        )
+
+    return runtime.from_main(plan, sharding.PlanError)
+
+
 def plan_tables(
     config: RunConfig,
     model: Recommender,
@@ -235,10 +251,9 @@ def plan_tables(
     world_size: int,
     local_world_size: int,
     device_memory: int | None = None,
-    process_group: dist.ProcessGroup | None = None,
     saved: Mapping[str, str] | None = None,
 ) -> ShardingPlan:
-    """The sharding plan of `model` for `world_size` ranks; without a process group it is made offline.
+    """The sharding plan of `model` for `world_size` ranks, made by this process alone.
 
     Fuse the table optimiser first: the planner then counts its state.
     """
@@ -251,6 +266,5 @@ def plan_tables(
         local_world_size=local_world_size,
         batch_size=config.data.batch_size,
         device_memory=device_memory,
-        process_group=process_group,
         saved=saved,
     )

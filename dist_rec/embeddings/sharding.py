@@ -151,12 +151,11 @@ def make_plan(
     local_world_size: int,
     batch_size: int,
     device_memory: int | None = None,
-    process_group: dist.ProcessGroup | None = None,
     saved: Mapping[str, str] | None = None,
 ) -> ShardingPlan:
     """TorchRec's plan for `model`, whose tables may be on the meta device.
 
-    With a process group the plan of rank 0 is used by all ranks; without one this runs offline for any world size.
+    This runs in one process, for any world size: ranks that plan for themselves could come to different plans.
 
     Args:
         device_memory: bytes of each GPU, for a config that does not say.
@@ -180,9 +179,7 @@ def make_plan(
     )
     logging.getLogger().addFilter(_is_of_use)
     try:
-        if process_group is None:
-            return planner.plan(model, sharders())
-        return planner.collective_plan(model, sharders(), process_group)
+        return planner.plan(model, sharders())
     except PlannerError as error:
         raise PlanError(_explain(error, tables, topology, device_type)) from error
     finally:

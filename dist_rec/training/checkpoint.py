@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -156,27 +156,15 @@ class Checkpointer:
 
     def latest(self) -> Checkpoint | None:
         """The newest complete checkpoint, as rank 0 sees it; CheckpointError on every rank if all are damaged."""
-        return self._seen_by_rank_0(lambda: next(reversed(find(self.folder)), None))
+        return self._runtime.from_main(lambda: next(reversed(find(self.folder)), None), CheckpointError)
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of step `step`; raises CheckpointError if it is not complete."""
-        return self._seen_by_rank_0(lambda: at(self.folder, step))
+        return self._runtime.from_main(lambda: at(self.folder, step), CheckpointError)
 
     def trained(self, step: int | None = None) -> Checkpoint:
         """The checkpoint that stands for the run, see the function `trained`."""
-        return self._seen_by_rank_0(lambda: trained(self.folder, step))
-
-    def _seen_by_rank_0(self, look: Callable[[], Any]) -> Any:
-        answer: Any = None
-        if self._runtime.is_main:
-            try:
-                answer = look()
-            except CheckpointError as error:
-                answer = error
-        answer = self._runtime.broadcast(answer)
-        if isinstance(answer, CheckpointError):
-            raise answer
-        return answer
+        return self._runtime.from_main(lambda: trained(self.folder, step), CheckpointError)
 
     def save(
         self,

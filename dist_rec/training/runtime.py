@@ -6,18 +6,20 @@ import ctypes
 import importlib.metadata
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torchrec.distributed import comm
 
 from dist_rec.settings import Complaint, ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -104,6 +106,27 @@ class Runtime:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def from_main(self, work: Callable[[], T], error_type: type[Exception]) -> T:
+        """What `work` returns on rank 0, on every rank (any picklable object). Collective; it may take hours.
+
+        Raises what `work` raised, so that nobody waits for an answer that does not come: an `error_type` on every rank;
+        anything else as it is on rank 0, and as an `error_type` on the others.
+        """
+        answer: Any = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                answer = work()
+            except Exception as raised:  # noqa: BLE001 - raised again below, when nobody waits for the answer any more
+                error = raised
+        told = error if error is None or isinstance(error, error_type) else error_type(f"rank 0 failed: {error!r}")
+        answer, told = self.broadcast((answer, told))
+        if error is not None:
+            raise error
+        if told is not None:
+            raise told
+        return answer
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, by rank, on every rank (any picklable objects)."""

@@ -108,15 +108,7 @@ def _collections(config: RunConfig, runtime: Runtime) -> tuple[nn.Module, StepOp
     model.embeddings = _Stages(stages, [s.name for s in sets])  # type: ignore[assignment]
     for stage in stages:
         fuse_table_optimizer(stage.collection.parameters(), config.optim.tables)
-    plan = recommender.plan_tables(
-        config,
-        model,
-        tables,
-        runtime.device.type,
-        runtime.world_size,
-        runtime.local_world_size,
-        process_group=runtime.group,
-    )
+    plan = recommender.plan_together(config, model, tables, runtime)
     sharded = sharding.shard(
         model, plan, runtime.device, runtime.group, tables=tables, seed=config.run.seed, threads=runtime.cores
     )
