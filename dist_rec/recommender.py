@@ -237,6 +237,7 @@ def plan_together(
             runtime.world_size,
             runtime.local_world_size,
             device_memory=runtime.device_memory,
+            host_memory=runtime.host_memory,
             saved=saved,
         )
 
@@ -251,6 +252,7 @@ def plan_tables(
     world_size: int,
     local_world_size: int,
     device_memory: int | None = None,
+    host_memory: int | None = None,
     saved: Mapping[str, str] | None = None,
 ) -> ShardingPlan:
     """The sharding plan of `model` for `world_size` ranks, made by this process alone.
@@ -266,5 +268,6 @@ def plan_tables(
         local_world_size=local_world_size,
         batch_size=config.data.batch_size,
         device_memory=device_memory,
+        host_memory=host_memory,
         saved=saved,
     )

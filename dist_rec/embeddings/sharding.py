@@ -42,7 +42,9 @@ class ShardingConfig:
     """The `sharding` section: what the planner may assume about the machine."""
 
     device_memory_gb: float | None = None  # memory per GPU; default: the GPU's own; in offline plans 32
-    host_memory_gb: float | None = None  # host memory per rank; default: what the planner assumes (128)
+    host_memory_gb: float | None = (
+        None  # host memory per rank; default: the machine's / its ranks; in offline plans 128
+    )
     min_columns: int | None = None  # narrowest shard of a column-wise table; must divide its width
 
     def check(self) -> Iterator[Complaint]:
@@ -151,6 +153,7 @@ def make_plan(
     local_world_size: int,
     batch_size: int,
     device_memory: int | None = None,
+    host_memory: int | None = None,
     saved: Mapping[str, str] | None = None,
 ) -> ShardingPlan:
     """TorchRec's plan for `model`, whose tables may be on the meta device.
@@ -158,7 +161,7 @@ def make_plan(
     This runs in one process, for any world size: ranks that plan for themselves could come to different plans.
 
     Args:
-        device_memory: bytes of each GPU, for a config that does not say.
+        device_memory: bytes of each GPU, for a config that does not say. host_memory: bytes of each rank, likewise.
         saved: table name -> sharding type of the checkpoint that will be loaded. A table that the planner may place
             freely then stays replicated or sharded as it was, because its optimiser state cannot change between them.
 
@@ -170,7 +173,7 @@ def make_plan(
         local_world_size=local_world_size,
         compute_device=device_type,
         hbm_cap=_bytes(config.device_memory_gb) or device_memory,
-        ddr_cap=_bytes(config.host_memory_gb),
+        ddr_cap=_bytes(config.host_memory_gb) or host_memory,
     )
     allowed = {t.name: _allowed(t, (saved or {}).get(t.name)) for t in tables}
     constraints = {t.name: _constraints(t, allowed[t.name], config, device_type, batch_size) for t in tables}

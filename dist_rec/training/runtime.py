@@ -92,6 +92,11 @@ class Runtime:
         return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
 
     @property
+    def host_memory(self) -> int:
+        """This rank's share of the host's memory in bytes, for the planner."""
+        return host_memory() // self.local_world_size
+
+    @property
     def cores(self) -> int:
         """This rank's share of the CPU cores."""
         return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
@@ -163,6 +168,26 @@ _LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
 def rank_from_environment() -> int:
     """This process's rank as the launcher says it; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that the machine has or, where that is less, that the control groups of this process allow.
+
+    root: where /proc and /sys lie.
+    """
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        here = Path(path.lstrip("/"))
+        # in a container the path may be the host's, which is not there: its own group is the mount itself, the last one
+        for limit in (root / "sys/fs/cgroup" / mount / folder / name for folder in (here, *here.parents)):
+            text = limit.read_text().strip() if limit.is_file() else ""
+            found = min(found, int(text)) if text.isdigit() else found  # "max": no limit
+    return found
 
 
 def keep_freed_memory() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from dist_rec.training.runtime import RunSettings, process
+from dist_rec.training.runtime import RunSettings, host_memory, process
 
 
 def test_an_address_alone_is_no_launcher(monkeypatch, tmp_path):
@@ -31,3 +34,25 @@ def test_a_launcher_without_an_address_is_told_so(monkeypatch, tmp_path):
         process(RunSettings(dir=str(tmp_path), device="cpu")),
     ):
         pass
+
+
+PHYSICAL = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("", {}, PHYSICAL),
+        ("0::/job/step\n", {"job/step/memory.max": "max", "job/memory.max": "4096", "memory.max": "max"}, 4096),
+        ("0::/job\n", {"job/memory.max": str(2**62)}, PHYSICAL),
+        # version 1, in a container: the path is the host's
+        ("4:cpu,memory:/docker/ab\n1:cpu:/docker/ab\n0::/\n", {"memory/memory.limit_in_bytes": "8192"}, 8192),
+        ("4:cpu:/job\n", {"memory/memory.limit_in_bytes": "8192"}, PHYSICAL),
+    ],
+)
+def test_memory_is_the_machines_or_what_control_groups_allow(tmp_path, groups, limits, expected):
+    for name, text in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{n}": t for n, t in limits.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert host_memory(tmp_path) == expected
+    assert 0 < host_memory(Path("/")) <= PHYSICAL
