@@ -23,10 +23,10 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import BoundsCheckMode, ModuleSharder, ParameterSharding, ShardingEnv, ShardingPlan
 
 from dist_rec.embeddings.mlet import FactoredCollection, ShardedFactoredCollection
+from dist_rec.embeddings.no_plan import GIB, Room, explain
 from dist_rec.embeddings.tables import SPLITS_COLUMNS, Table
 from dist_rec.settings import Complaint
 
-GIB = 1024**3
 BLOCK_ROWS = 16384
 _PROTOTYPE_SIGMA = 0.25  # github.com/benghaem/dlrm_mlet
 _AUTO = [
@@ -184,7 +184,12 @@ def make_plan(
     try:
         return planner.plan(model, sharders())
     except PlannerError as error:
-        raise PlanError(_explain(error, tables, topology, device_type)) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else error.error_type.value
+        storage = topology.devices[0].storage
+        each = storage.hbm if device_type == "cuda" else storage.ddr
+        room = Room(world_size, local_world_size, each, device_type, config.min_columns)
+        kinds = {name: kinds[0] if len(kinds) == 1 else "auto" for name, kinds in allowed.items()}
+        raise PlanError(explain(reason, tables, kinds, room)) from error
     finally:
         logging.getLogger().removeFilter(_is_of_use)
 
@@ -228,27 +233,6 @@ def _constraints(
 
 def _bytes(gigabytes: float | None) -> int | None:
     return None if gigabytes is None else int(gigabytes * GIB)
-
-
-def _explain(error: PlannerError, tables: list[Table], topology: Topology, device_type: str) -> str:
-    largest = max(tables, key=lambda t: t.num_bytes)
-    storage = topology.devices[0].storage
-    per_rank = storage.hbm if device_type == "cuda" else storage.ddr
-    total = sum(t.num_bytes for t in tables)
-    ranks = topology.world_size
-    need = math.ceil(total * 1.5 / max(per_rank, 1))
-    key = "sharding.device_memory_gb" if device_type == "cuda" else "sharding.host_memory_gb"
-    kernel = "" if device_type == "cpu" else "; let it live in host memory with embeddings.kernel: fused_uvm_caching"
-    first = str(error).strip().splitlines()[0] if str(error).strip() else error.error_type.value
-    return (
-        f"no plan fits {len(tables)} tables on {ranks} rank(s): {first}\n"
-        f"  largest table: {largest.name}, {largest.num_rows:,} x {largest.width} = {largest.num_bytes / GIB:.3f} GiB, "
-        f"sharding {largest.sharding}\n"
-        f"  needed: {total / GIB:.3f} GiB of weights, plus optimiser state and exchange buffers\n"
-        f"  available: {per_rank / GIB:.3f} GiB per rank ({key}), {ranks * per_rank / GIB:.3f} GiB in all\n"
-        f"  what would fit: sharding row_wise or auto for {largest.name}; at least {max(need, 1)} ranks; or a larger "
-        f"{key} if the machine has it{kernel}"
-    )
 
 
 def describe(plan: ShardingPlan, tables: list[Table]) -> str:
