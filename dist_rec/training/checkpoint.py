@@ -249,23 +249,21 @@ class Checkpointer:
             restored too.
 
         Raises:
-            CheckpointError: the model differs, or the optimiser state of a table cannot follow a change of sharding.
+            CheckpointError: the model differs, or a training that runs has removed the checkpoint meanwhile.
         """
         own = {n: v for n, v in model.state_dict().items() if n.startswith(AUXILIARIES)}
         names = [n for n in own if n.startswith(tuple(f"{AUXILIARIES}{name}." for name in fresh))]
-        if optimizer is None:
-            saved = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
-            names += [n for n, v in own.items() if getattr(saved.get(f"model.{n}"), "size", None) != v.shape]
-        built = {n: own[n].detach().clone() for n in names}
-        if optimizer is not None:
-            optimizer.prepare_load()
-        state = _state(model, optimizer)
-        wanted = {part: {n: v for n, v in of.items() if n not in built} for part, of in state.items()}
         try:
+            if optimizer is None:
+                names += self._runtime.from_main(lambda: _lacking(checkpoint, own), OSError)
+            built = {n: own[n].detach().clone() for n in names}
+            if optimizer is not None:
+                optimizer.prepare_load()
+            state = _state(model, optimizer)
+            wanted = {part: {n: v for n, v in of.items() if n not in built} for part, of in state.items()}
             dcp.load(wanted, checkpoint_id=checkpoint.path, process_group=self._runtime.control)
-        except CheckpointException as error:
-            reason = next(iter(error.failures.values()))[0]
-            raise CheckpointError(f"checkpoint {checkpoint.path} does not fit this model: {reason}") from error
+        except (CheckpointException, OSError) as error:
+            raise _not_loaded(checkpoint, error) from error
         model.load_state_dict({**state["model"], **built})
         if optimizer is not None:
             optimizer.forget(list(built))
@@ -286,6 +284,21 @@ def _expected(folder: Path, world_size: int) -> list[str]:
     """The files that a checkpoint in `folder` has when every rank's have arrived."""
     parts = dcp.FileSystemReader(folder).read_metadata().storage_data.values()
     return sorted({part.relative_path for part in parts} | {f"rank-{rank}.pt" for rank in range(world_size)})
+
+
+def _lacking(checkpoint: Checkpoint, own: Mapping[str, Any]) -> list[str]:
+    """The tensors of a model that the checkpoint has not, or in another shape."""
+    saved = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    return [n for n, v in own.items() if getattr(saved.get(f"model.{n}"), "size", None) != v.shape]
+
+
+def _not_loaded(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+    """A training that runs removes old checkpoints, file by file, and does not know who reads them."""
+    if not isinstance(_read(checkpoint.path), Checkpoint):
+        cure = "raise checkpoint.keep of the training, or name a step that stays with evaluate.step"
+        return CheckpointError(f"checkpoint {checkpoint.path} was removed while it was read; {cure}")
+    reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    return CheckpointError(f"checkpoint {checkpoint.path} does not fit this model: {reason}")
 
 
 def _not_shared(folder: Path, fact: str) -> str:

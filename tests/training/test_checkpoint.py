@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from dist_rec import train
+from dist_rec import evaluate, train
 from dist_rec.config import from_mapping
 from dist_rec.embeddings.sharding import sharding_types
 from dist_rec.recommender import distribute
@@ -178,6 +180,38 @@ def _does_not_fit(rank: int, world_size: int, run: dict[str, Any]) -> str:
     with pytest.raises(CheckpointError, match="does not fit this model") as error:
         checkpointer.load(checkpoint, distribute(config, here).model, None)
     return str(error.value)
+
+
+def _evaluated_too_late(rank: int, world_size: int, run: dict[str, Any], moment: str, removed: str) -> str:
+    """Evaluates a run whose checkpoint begins to be removed just before the function `moment` is called."""
+    config = from_mapping(run)
+    (only,) = find(Path(config.run.dir) / "checkpoints")
+    with pytest.MonkeyPatch.context() as patch:
+        module, name = moment.rsplit(".", 1)
+        original = getattr(importlib.import_module(module), name)
+
+        def late(*args: Any, **kwargs: Any) -> Any:
+            if rank == 0:
+                (only.path / removed).unlink()  # a folder is removed file by file
+            dist.barrier()
+            return original(*args, **kwargs)
+
+        patch.setattr(moment, late)
+        with pytest.raises(CheckpointError) as error:
+            evaluate.run(config)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("moment", "removed"),
+    [("dist_rec.job.distribute", ".metadata"), ("torch.distributed.checkpoint.load", "__1_0.distcp")],
+)
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_said_to_be(data, tmp_path, moment, removed):
+    run = _run(data, tmp_path / "run", MIXED, "adagrad", "sgd", train={"steps": 2}, data={"test": str(data)})
+    run_ranks(train_all, 2, [run])
+    for said in run_ranks(_evaluated_too_late, 2, run, moment, removed, timeout=100):
+        assert "step-00000002 was removed while it was read; raise checkpoint.keep" in said
+        assert "evaluate.step" in said
 
 
 def test_resume_never_refuses_a_folder_with_checkpoints(data, tmp_path):
