@@ -19,6 +19,7 @@ from dist_rec.data.guess import Entry, Guess, guess
 from dist_rec.data.profile import Profile, profile
 from dist_rec.data.schema import SparseColumn
 from dist_rec.job import run_entry
+from dist_rec.training.checkpoint import CheckpointConfig
 
 USAGE = """usage: dist-rec init DATA -o CONFIG [--label NAME] [--sample-rows N] [--force]
 
@@ -255,6 +256,8 @@ def _training_section(splits: _Splits, rows: int, batch_size: int, guessed: Gues
         metrics.append(f"grouped_auc: [{', '.join(guessed.grouped_auc)}]")
     if metrics:
         yield f"metrics: {{{', '.join(metrics)}}}"
+    between = CheckpointConfig().every
+    yield f"checkpoint: {{every: {between}}}  # steps; a run that is started again goes on from its newest checkpoint"
     yield f"report: {{every: {min(100, max(1, steps // 20))}}}  # steps"
 
 

@@ -140,6 +140,10 @@ class _Training:
         (self.folder / "plan.txt").write_text(plan + "\n")
         reporter.line(plan)
         reporter.line(self.loader.describe())
+        if self.config.checkpoint.every is None and self.config.train.early_stopping is None:
+            reporter.line(
+                "no checkpoint before the end: a run that is stopped is lost; set checkpoint.every to a number"
+            )
 
     def _trainer(self, reporter: Reporter, total_steps: int) -> Trainer:
         config = self.config

@@ -113,6 +113,14 @@ def _ends(rank: int, world_size: int, entry: str, arguments: list[str]) -> str:
     return str(end.value.code)
 
 
+def test_a_run_without_checkpoints_on_its_way_says_so_at_its_start(data, tmp_path):
+    said = "no checkpoint before the end: a run that is stopped is lost; set checkpoint.every to a number"
+    for folder, overrides, says in (("default", [], False), ("off", ["checkpoint.every=null"], True)):
+        card = _card(data, tmp_path / folder, train={"steps": 2})
+        (printed,) = run_ranks(_enter, 1, "train", [str(card), *overrides])
+        assert (said in printed.partition("train  step")[0]) == says
+
+
 def test_the_run_folder(data, tmp_path):
     """Its layout, and the keys that scripts of others rely on."""
     card = _card(

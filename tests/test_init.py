@@ -18,6 +18,7 @@ from dist_rec.config import load
 from dist_rec.data import synthetic
 from dist_rec.data.footers import check_columns, read_footers
 from dist_rec.data.loader import Loader
+from dist_rec.training.checkpoint import CheckpointConfig
 from tests.ranks import run_ranks
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -97,6 +98,8 @@ def test_synthetic_data_give_the_schema_that_was_written_by_hand(start):
     for split in ("train", "validation", "test"):
         read, rows, _ = reads_all(config, split)
         assert read >= rows
+    assert "checkpoint: {every: 1000}  # steps; a run that is started again goes on from" in text
+    assert config.checkpoint == CheckpointConfig()  # what a run without the section does
     assert "validation" in trains()
 
 

@@ -42,7 +42,9 @@ _BY_COLUMN = {"column_wise", "table_column_wise", "grid_shard"}
 class CheckpointConfig:
     """The `checkpoint` section."""
 
-    every: int | None = None  # steps between checkpoints; one is always written at the end
+    # steps between checkpoints, each a loss of so much work at most when a job is killed. One is always written at the
+    # end; null: only that one, and those of early stopping
+    every: int | None = 1000
     keep: int = 2  # how many of the newest are kept; the best one of an early-stopping run is kept besides
     # auto: go on from the newest complete checkpoint in the run folder, if there is one. never: a run folder that has
     # checkpoints is refused, so that nothing is overwritten by accident.
@@ -54,7 +56,7 @@ class CheckpointConfig:
     def check(self) -> Iterator[Complaint]:
         """Complaints about the section's own settings."""
         if self.every is not None and self.every < 1:
-            yield Complaint("every", f"is {self.every}; use a number of steps >= 1, or leave it out")
+            yield Complaint("every", f"is {self.every}; use a number of steps >= 1, or null for none before the end")
         if self.keep < 1:
             yield Complaint("keep", f"is {self.keep}; at least the newest checkpoint must be kept")
 
