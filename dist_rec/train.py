@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+import yaml
 
 from dist_rec import versions
 from dist_rec.config import RunConfig, to_mapping, to_yaml
@@ -15,7 +18,7 @@ from dist_rec.data.ids import describe_policies
 from dist_rec.embeddings.sharding import describe, sharding_types
 from dist_rec.job import JobData, load_config, run_entry
 from dist_rec.recommender import distribute
-from dist_rec.training.checkpoint import Checkpointer, CheckpointError, check_reshardable
+from dist_rec.training.checkpoint import Checkpoint, Checkpointer, CheckpointError, check_reshardable
 from dist_rec.training.compatible import check_compatible, check_same_items
 from dist_rec.training.evaluation import Evaluation, evaluate
 from dist_rec.training.report import Reporter
@@ -28,7 +31,8 @@ log = logging.getLogger(__name__)
 USAGE = """usage: dist-rec train CONFIG [key=value ...]
 
 Trains the model of CONFIG (YAML) and leaves everything in run.dir: config.yaml, plan.txt, metrics.jsonl, result.json,
-checkpoints/, tb/. A run folder with checkpoints is continued from the newest one.
+checkpoints/, tb/. A run folder with checkpoints is continued from the newest one; what was trained by other settings
+until there has them in config-<step>.yaml. A run that has ended is left as it is.
 
 Overrides that every config understands:
   run.dir=runs/mine run.seed=1 run.device=cpu   where to, which random numbers, on what
@@ -98,26 +102,21 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         total_steps = self._total_steps()
-        config, is_main = self.config, self.runtime.is_main
-        reporter = Reporter(self.folder, total_steps=total_steps, is_main=is_main, config=config.report)
+        is_main = self.runtime.is_main
+        reporter = Reporter(self.folder, total_steps=total_steps, is_main=is_main, config=self.config.report)
         try:
             trainer = self._trainer(reporter, total_steps)
             if self.checkpoint is not None:
                 trainer.resume(self.checkpoint, self.renewed)
-            if is_main:  # not before: a resume that is refused must leave the folder as it describes its checkpoints
+            if trainer.is_finished:  # the folder keeps describing what was trained, whatever the config is now
+                reporter.line(self._why_finished(trainer.progress.step, total_steps))
+                result = self.runtime.broadcast(self._kept_result() if is_main else None)
+                if result is not None:
+                    return result
+            elif is_main:  # not before: a resume that is refused must leave the folder as it describes its checkpoints
                 self._write_folder(reporter)
             if self.checkpoint is not None:
-                p = trainer.progress
-                reporter.resume(p.step, p.examples, p.seconds, p.wait_seconds)
-                reporter.line(
-                    f"continuing after step {self.checkpoint.step} from {self.checkpoint.path}, "
-                    f"written by {self.checkpoint.meta['world_size']} rank(s)"
-                )
-                for name in self.renewed:
-                    reporter.line(f"auxiliary {name}: {'starts anew' if name in config.auxiliary else 'dropped'}")
-                if p.step >= total_steps:
-                    end = f"nothing to train: train.steps and train.epochs end at step {total_steps}"
-                    reporter.line(f"{end}; raise them to go on, or choose another run.dir to start anew")
+                self._say_continuing(self.checkpoint, trainer, reporter)
             validation = trainer.fit()
             return self._finish(trainer, validation, reporter)
         finally:
@@ -133,8 +132,40 @@ class _Training:
             limits.append(done + self.loader.batches_left)
         return min(limits)
 
+    def _settings_changed(self) -> bool:
+        """Whether the config is another one than that which the checkpoint was trained by."""
+        now = json.loads(json.dumps(to_mapping(self.config)))  # as a checkpoint holds it
+        return self.checkpoint is not None and self.checkpoint.meta["config"] != now
+
+    def _why_finished(self, step: int, total_steps: int) -> str:
+        end, key = f"train.steps and train.epochs end at step {total_steps}", "train.steps or train.epochs"
+        if step < total_steps:
+            end, key = f"early stopping ended the run at step {step}", "train.early_stopping.patience"
+        text = f"nothing to train: {end}; raise {key} to go on, or choose another run.dir to start anew"
+        changed = "the settings are not those that the run was trained by, and were not applied: "
+        return f"{text}\n{changed}config.yaml stays as it is" if self._settings_changed() else text
+
+    def _kept_result(self) -> dict[str, Any] | None:
+        """What result.json says of the newest checkpoint; None if the run was stopped before that was written."""
+        file = self.folder / "result.json"
+        result = json.loads(file.read_text()) if file.exists() else None
+        return result if self.checkpoint and result and result["step"] == self.checkpoint.step else None
+
+    def _say_continuing(self, checkpoint: Checkpoint, trainer: Trainer, reporter: Reporter) -> None:
+        p = trainer.progress
+        reporter.resume(p.step, p.examples, p.seconds, p.wait_seconds)
+        reporter.line(
+            f"continuing after step {checkpoint.step} from {checkpoint.path}, "
+            f"written by {checkpoint.meta['world_size']} rank(s)"
+        )
+        for name in self.renewed:
+            reporter.line(f"auxiliary {name}: {'starts anew' if name in self.config.auxiliary else 'dropped'}")
+
     def _write_folder(self, reporter: Reporter) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint is not None and self._settings_changed():
+            earlier = yaml.safe_dump(self.checkpoint.meta["config"], sort_keys=False)
+            (self.folder / f"config-{self.checkpoint.step}.yaml").write_text(earlier)
         (self.folder / "config.yaml").write_text(to_yaml(self.config))
         plan = describe(self.parts.plan, self.parts.tables)
         (self.folder / "plan.txt").write_text(plan + "\n")

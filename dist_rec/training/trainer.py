@@ -261,6 +261,11 @@ class Trainer:
         if improved or last or (self.checkpoint_every is not None and step % self.checkpoint_every == 0):
             self._save()
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether no step is left to train: all are done, or early stopping has ended the run."""
+        return self.progress.step >= self.total_steps or self._should_stop()
+
     def window_metrics(self) -> dict[str, float]:
         """Metrics of the newest training rows of all ranks; empty on all ranks but the first. Collective."""
         rows = self.window.merged(self.runtime.control)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dist_rec.config import from_mapping
+from dist_rec.config import from_mapping, load
 from dist_rec.settings import ConfigError
 from dist_rec.training.checkpoint import CheckpointError, find
 from dist_rec.training.compatible import check_same_model
@@ -209,6 +209,30 @@ def test_running_a_finished_run_again_adds_no_report(data, tmp_path):
     }
     progress = find(folder / "checkpoints")[-1].meta["progress"]
     assert progress["evaluations_since_best"] == 2
+
+
+def test_what_a_folder_says_of_its_settings_is_what_was_trained(data, tmp_path, capfd):
+    folder = tmp_path / "run"
+    run = values(data, folder, train={"steps": 4}, optim={"dense": {"lr": 0.01}})
+    (first,) = run_ranks(train_all, 1, [run])[0]
+    kept = {name: (folder / name).read_text() for name in ("config.yaml", "result.json", "metrics.jsonl")}
+    assert "were not applied" not in capfd.readouterr().out
+    # nothing is left to train
+    other = merged(run, {"optim": {"dense": {"lr": 0.5}}, "data": {"test": str(data)}})
+    assert run_ranks(train_all, 2, [other]) == [[json.loads(kept["result.json"])]] * 2
+    said = capfd.readouterr().out
+    assert "nothing to train: train.steps and train.epochs end at step 4" in said and "were not applied" in said
+    assert {name: (folder / name).read_text() for name in kept} == kept
+    # the same, where the run was stopped between its last checkpoint and its result
+    (folder / "result.json").unlink()
+    (second,) = run_ranks(train_all, 1, [merged(run, {"optim": {"dense": {"lr": 0.5}}})])[0]
+    assert second["metrics"] == first["metrics"] and (folder / "result.json").exists()
+    assert (folder / "config.yaml").read_text() == kept["config.yaml"]
+    # something is: what the first steps were trained by is kept beside what the others are
+    assert not list(folder.glob("config-*"))
+    run_ranks(train_all, 1, [merged(other, {"train": {"steps": 6}})])
+    assert (folder / "config-4.yaml").read_text() == kept["config.yaml"]
+    assert load(str(folder / "config.yaml")).optim.dense.lr == 0.5
 
 
 def test_losses_are_reported_as_means_and_survive_a_resume(data, tmp_path):
