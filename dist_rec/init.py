@@ -50,8 +50,8 @@ _MIB = 2**20
 
 
 @dataclass
-class _Splits:
-    """Paths for `data.train`, `data.validation`, `data.test`; `found`: whether the folder named them."""
+class Splits:
+    """Paths for `data.train`, `data.validation`, `data.test`."""
 
     train: str
     validation: str | None = None
@@ -66,7 +66,7 @@ def _main(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     output = Path(options.output)
     _check_output(output, options.force)
-    splits = _find_splits(options.data)
+    splits = find_splits(options.data)
     train = read_footers(splits.train)
     others = [footer for path in splits.others for footer in read_footers(path)]
     measured = profile(train, options.sample_rows, others)
@@ -115,7 +115,7 @@ def _check_output(output: Path, force: bool) -> None:
         raise DataError(f"{output}: exists already; choose another name, or overwrite it with --force")
 
 
-def _find_splits(data: str) -> _Splits:
+def find_splits(data: str) -> Splits:
     """The splits in a folder that has train/ or train.parquet in it, and else all of `data` as the training split.
 
     Raises DataError if `data` names no file.
@@ -129,10 +129,10 @@ def _find_splits(data: str) -> _Splits:
                 found.setdefault(split, folder + name)
             if f"{name}.parquet" in inside:
                 found.setdefault(split, f"{folder}{name}.parquet")
-    return _Splits(**found) if "train" in found else _Splits(data)
+    return Splits(**found) if "train" in found else Splits(data)
 
 
-def _lines(data: str, output: Path, splits: _Splits, measured: Profile, guessed: Guess) -> Iterator[str]:
+def _lines(data: str, output: Path, splits: Splits, measured: Profile, guessed: Guess) -> Iterator[str]:
     features = len(guessed.schema.sparse) + bool(guessed.schema.dense)
     model = "dlrm" if features > 1 else "dcn"
     yield from _card(model, data, output, measured, guessed)
@@ -167,7 +167,7 @@ def _card(model: str, data: str, output: Path, measured: Profile, guessed: Guess
         yield from _comment(f"DECIDE      {warning}", "")
 
 
-def _data_section(splits: _Splits, batch_size: int, guessed: Guess) -> Iterator[str]:
+def _data_section(splits: Splits, batch_size: int, guessed: Guess) -> Iterator[str]:
     yield "data:"
     yield f"  train: {_scalar(splits.train)}"
     for split in ("validation", "test"):
@@ -243,7 +243,7 @@ def _model_section(model: str) -> Iterator[str]:
     yield "  dense: {name: adagrad, lr: 0.01}"
 
 
-def _training_section(splits: _Splits, rows: int, batch_size: int, guessed: Guess) -> Iterator[str]:
+def _training_section(splits: Splits, rows: int, batch_size: int, guessed: Guess) -> Iterator[str]:
     steps = math.ceil(rows / batch_size)
     yield f"train: {{epochs: 1}}  # {steps:,} steps on one rank, half of them on two"
     if splits.validation is not None:
@@ -321,7 +321,7 @@ def _mib(size: int) -> str:
     return f"{size / _MIB:,.1f} MiB" if size >= _MIB / 20 else f"{size / 1024:,.1f} KiB"
 
 
-def _summary(output: Path, splits: _Splits, guessed: Guess) -> str:
+def _summary(output: Path, splits: Splits, guessed: Guess) -> str:
     schema = guessed.schema
     total = sum(_table_bytes(c) for c in schema.sparse.values())
     lines = [
