@@ -114,7 +114,27 @@ def test_the_base_of_these_tests_is_good(tmp_path):
         (
             {"schema": {"sparse": {"item": {"table": "user"}}}},
             "schema.sparse.item.num_ids",
-            "gives 101 rows, but 'user' shares table 'user' and gives 203",
+            "is 101, but 'user' shares table 'user' and has 203; make them equal",
+        ),
+        (
+            {"schema": {"sparse": {"item": {"table": "user", "num_ids": 203, "out_of_range": "reserved"}}}},
+            "schema.sparse.item",
+            "has a reserved row, but 'user' shares table 'user' and has none; declare `reserved` on both",
+        ),
+        (  # as many rows, but a stray id 202 of the item would train the row that is reserved for users
+            {"schema": {"sparse": {"item": {"table": "user", "num_ids": 204}, "user": {"on_null": "reserved"}}}},
+            "schema.sparse.item.num_ids",
+            "is 204, but 'user' shares table 'user' and has 203; make them equal",
+        ),
+        (
+            {"schema": {"labels": {"click": {"on_null": "fill", "fill": 0.5}}}},
+            "schema.labels.click.fill",
+            "is 0.5; a binary label is 0 or 1",
+        ),
+        (
+            {"schema": {"weight": {"column": "w", "on_null": "fill", "fill": -1}}},
+            "schema.weight.fill",
+            "is -1.0; a weight is a finite number >= 0",
         ),
         ({"schema": {"dense": {"click": {}}}}, "schema.dense.click", "is also a label"),
         ({"schema": {"dense": {"user": {}}}}, "schema.dense.user", "both dense and sparse"),

@@ -88,6 +88,13 @@ class LabelColumn:
     on_null: Literal["error", "fill"] = "error"
     fill: float = 0.0
 
+    def check(self) -> Iterator[Complaint]:
+        """Complaints about this label's own settings."""
+        if self.on_null == "fill" and self.kind == "binary" and self.fill not in (0, 1):
+            yield Complaint("fill", f"is {self.fill}; a binary label is 0 or 1, so fill nulls with one of them")
+        elif self.on_null == "fill" and not math.isfinite(self.fill):
+            yield Complaint("fill", f"is {self.fill}; nulls would be read as no finite number")
+
 
 @dataclass
 class WeightColumn:
@@ -96,6 +103,11 @@ class WeightColumn:
     column: str
     on_null: Literal["error", "fill"] = "error"
     fill: float = 1.0
+
+    def check(self) -> Iterator[Complaint]:
+        """Complaints about the weight's own settings."""
+        if self.on_null == "fill" and not 0 <= self.fill < math.inf:
+            yield Complaint("fill", f"is {self.fill}; a weight is a finite number >= 0")
 
 
 @dataclass
@@ -256,19 +268,28 @@ class Schema:
                 yield Complaint(f"sparse.{name}", "has one of @ # . in its name, which name views and parameters")
         yield from self._check_shared_tables()
         yield from check_items(self)
-        for kind in ("dense", "sparse", "groups"):
+        for kind in ("labels", "dense", "sparse", "groups"):
             for name, column in getattr(self, kind).items():
                 yield from gather(f"{kind}.{name}", column.check())
+        if self.weight is not None:
+            yield from gather("weight", self.weight.check())
 
     def _check_shared_tables(self) -> Iterator[Complaint]:
         first: dict[str, str] = {}
         for name, column in self.sparse.items():
             other = first.setdefault(column.table or name, name)
-            if self.sparse[other].num_rows != column.num_rows:
+            shares = f"but '{other}' shares table '{column.table or name}'"
+            if self.sparse[other].num_ids != column.num_ids:
+                had = self.sparse[other].num_ids
                 yield Complaint(
-                    f"sparse.{name}.num_ids",
-                    f"gives {column.num_rows} rows, but '{other}' shares table '{column.table or name}' "
-                    f"and gives {self.sparse[other].num_rows}; both need the same",
+                    f"sparse.{name}.num_ids", f"is {column.num_ids}, {shares} and has {had}; make them equal"
+                )
+            elif self.sparse[other].has_reserved_row != column.has_reserved_row:
+                # not one more id instead: an id that is out of range here would then train the row reserved there
+                has, lacks = ("has a", "has none") if column.has_reserved_row else ("has no", "has one")
+                yield Complaint(
+                    f"sparse.{name}",
+                    f"{has} reserved row, {shares} and {lacks}; declare `reserved` on both or on neither",
                 )
 
 
