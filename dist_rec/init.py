@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from dist_rec.config import load
-from dist_rec.data.footers import DataError, check_columns, find_files, read_footers
+from dist_rec.data.footers import DataError, check_columns, find_files, read_footers, split_options
 from dist_rec.data.guess import Entry, Guess, guess
 from dist_rec.data.profile import Profile, profile
 from dist_rec.data.schema import SparseColumn
@@ -120,15 +120,16 @@ def find_splits(data: str) -> Splits:
 
     Raises DataError if `data` names no file.
     """
-    files, folder = find_files(data), data.rstrip("/") + "/"
-    inside = [name[len(folder) :] for name in files if name.startswith(folder)]
+    base, options = split_options(data)  # of a URI: every file has them too
+    files, folder = find_files(data), base.rstrip("/") + "/"
+    inside = [split_options(name)[0][len(folder) :] for name in files if name.startswith(folder)]
     found: dict[str, str] = {}
     for split, names in _SPLITS.items():
         for name in names:
             if any(file.startswith(f"{name}/") for file in inside):
-                found.setdefault(split, folder + name)
+                found.setdefault(split, f"{folder}{name}{options}")
             if f"{name}.parquet" in inside:
-                found.setdefault(split, f"{folder}{name}.parquet")
+                found.setdefault(split, f"{folder}{name}.parquet{options}")
     return Splits(**found) if "train" in found else Splits(data)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
@@ -248,6 +249,15 @@ def test_splits_are_found_as_folders_and_as_files(start, tmp_path):
         ("z", None, None),
         (f"{tmp_path}/x/training", f"{tmp_path}/x/valid", None),
     ]
+
+
+def test_splits_are_found_by_a_uri_with_options(tmp_path, monkeypatch):
+    for name in ("train/1", "test/2"):
+        write(tmp_path / "bucket" / f"{name}.parquet")
+    tree = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
+    monkeypatch.setattr("dist_rec.data.footers._file_system", lambda uri: (tree, "bucket"))
+    found = init.find_splits("s3://bucket?region=x")
+    assert (found.train, found.test) == ("s3://bucket/train?region=x", "s3://bucket/test?region=x")
 
 
 def test_refusals_say_what_to_do(tmp_path, monkeypatch, capfd):

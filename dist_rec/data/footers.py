@@ -8,6 +8,7 @@ import glob
 import hashlib
 import os
 import re
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from dist_rec.data.schema import Schema
 
 _FOOTER_THREADS = 16  # a footer is one or two small reads; on an object store their latency is all the cost
 _SUFFIX = ".parquet"
+_WILD = "*?["
+_UNQUOTED = "/!$&'()*+,;=:@"  # what a path in a URI may hold as it is, besides letters, digits and -._~
 
 
 class DataError(ValueError):
@@ -92,15 +95,14 @@ def find_files(path: str) -> list[str]:
     """The files that `path` names, sorted; DataError if there are none."""
     filesystem, inner = _file_system(path)
     is_local = isinstance(filesystem, pafs.LocalFileSystem)
-    prefix = "" if is_local else path[: path.index("://") + 3]
     with _reading(path):
         info = filesystem.get_file_info(inner)
         if info.type == pafs.FileType.File:
-            return [prefix + inner]
+            return [inner if is_local else path]
         if info.type == pafs.FileType.Directory:
             files = [name for name in _list(filesystem, inner) if name.endswith(_SUFFIX)]
             problem = f"the folder has no *{_SUFFIX} file in it"
-        elif any(c in inner for c in "*?["):
+        elif any(c in inner for c in _WILD):
             files = _glob(filesystem, inner, is_local)
             problem = "the pattern matches no file"
         else:
@@ -108,7 +110,30 @@ def find_files(path: str) -> list[str]:
     if not files:
         here = f" (looked from {os.getcwd()})" if is_local and not os.path.isabs(path) else ""
         raise DataError(f"{path}: {problem}{here}; correct the path")
-    return sorted(prefix + name for name in files)
+    return sorted(files) if is_local else [_uri(path, inner, name) for name in sorted(files)]
+
+
+def split_options(path: str) -> tuple[str, str]:
+    """(path, options) of a URI: what is before its ?, and the rest, such as ?region=x; of a local path: all and ""."""
+    cut = path.find("?") if "://" in path else -1
+    return (path, "") if cut < 0 else (path[:cut], path[cut:])
+
+
+def _uri(path: str, inner: str, name: str) -> str:
+    """The URI of a file that was found by the URI `path`, with its account, host and options.
+
+    inner: what the file system calls `path`, name: the file; they may have other names for the place than the URI has.
+    """
+    base, options = split_options(path)
+    if any(c in inner for c in _WILD):
+        base, inner = _folder(base), _folder(inner)
+    inside = name[len(inner.rstrip("/")) :]
+    return f"{base.rstrip('/')}{urllib.parse.quote(inside, safe=_UNQUOTED)}{options}"
+
+
+def _folder(pattern: str) -> str:
+    """The innermost folder that a pattern names without a wildcard."""
+    return re.split(f"[{re.escape(_WILD)}]", pattern)[0].rpartition("/")[0]
 
 
 def _list(filesystem: pafs.FileSystem, folder: str) -> list[str]:
@@ -122,8 +147,7 @@ def _list(filesystem: pafs.FileSystem, folder: str) -> list[str]:
 def _glob(filesystem: pafs.FileSystem, pattern: str, is_local: bool) -> list[str]:
     if is_local:
         return [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
-    folder = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
-    return [name for name in _list(filesystem, folder) if fnmatch.fnmatchcase(name, pattern)]
+    return [name for name in _list(filesystem, _folder(pattern)) if fnmatch.fnmatchcase(name, pattern)]
 
 
 def _file_system(path: str) -> tuple[pafs.FileSystem, str]:
@@ -137,7 +161,7 @@ def _file_system(path: str) -> tuple[pafs.FileSystem, str]:
 
 def fingerprint(footers: Sequence[FileFooter]) -> dict[str, int | str]:
     """What must not change under a cursor: file names, rows and row groups in order (not where the folder lies)."""
-    names = "\n".join(os.path.basename(footer.path) for footer in footers)
+    names = "\n".join(os.path.basename(split_options(footer.path)[0]) for footer in footers)
     sizes = repr([footer.row_group_rows for footer in footers])
     return {
         "files": len(footers),

@@ -1,6 +1,10 @@
 """Which files a path names, and what is wrong with them."""
 
+import urllib.parse
+from dataclasses import replace
+
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
@@ -22,6 +26,32 @@ def test_file_folder_glob_and_uri_name_the_same_files(tmp_path):
     assert find_files(f"file://{tmp_path}") == expected
     assert find_files(expected[0]) == expected[:1]
     assert [f.row_group_rows for f in read_footers(str(tmp_path))] == [(2, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("options", ["", "?endpoint_override=http://minio:9000/x&scheme=http"])
+def test_files_of_a_uri_keep_its_account_host_and_options(tmp_path, monkeypatch, options):
+    for name in ("cont/train/a.parquet", "cont/train/day=1/b c.parquet"):
+        write(tmp_path / name)
+
+    def resolve(uri):
+        """As Azure names things: the container stands before the host, and first in the file system's paths."""
+        parts = urllib.parse.urlsplit(uri)
+        assert (parts.netloc, parts.query) == ("cont@acct.dfs:8020", options[1:])
+        tree = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
+        return tree, parts.username + urllib.parse.unquote(parts.path)
+
+    monkeypatch.setattr("dist_rec.data.footers._file_system", resolve)
+    base = "abfs://cont@acct.dfs:8020/train"
+    expected = [f"{base}/a.parquet{options}", f"{base}/day=1/b%20c.parquet{options}"]
+    assert find_files(f"{base}{options}") == find_files(f"{base}/{options}") == expected
+    assert find_files(f"{base}/*.parquet{options}") == find_files(f"{base[:-2]}*{options}") == expected
+    assert find_files(f"{base}/day=*/*{options}") == expected[1:]
+    assert find_files(expected[1]) == expected[1:]
+    assert [open_file(path).metadata.num_rows for path in expected] == [3, 3]
+    footers = read_footers(f"{base}{options}")
+    assert [footer.path for footer in footers] == expected
+    others = [replace(footer, path=footer.path.partition("?")[0]) for footer in footers]
+    assert fingerprint(footers) == fingerprint(others)  # other options, such as a new key, are the same data
 
 
 def test_nothing_matches(tmp_path):
