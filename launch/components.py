@@ -17,6 +17,7 @@ from torchx.components import dist
 # OMP_NUM_THREADS: ranks share a node's cores, and threads of their own would only fight over them.
 # PYTHONUNBUFFERED: a rank writes to a file that torchrun follows; buffered, its lines would come in blocks.
 ENV = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+CORES, MEMORY_MB = 4, 16384  # for each rank: its training thread, and those that read ahead
 
 
 def train(
@@ -26,9 +27,9 @@ def train(
     nodes: int = 1,
     name: str = "/",
     image: str = torchx.IMAGE,
-    cpu: int = 4,
+    cpu: Optional[int] = None,
     gpu: int = 0,
-    memMB: int = 16384,
+    memMB: Optional[int] = None,
     h: Optional[str] = None,
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
@@ -45,9 +46,9 @@ def train(
         nodes: number of nodes
         name: {experiment}/{run}, as in TorchX's dist.ddp
         image: container image for Kubernetes and AWS Batch, built from docker/Dockerfile
-        cpu: CPU cores per node
+        cpu: CPU cores per node; default: 4 for each rank on it
         gpu: GPUs per node
-        memMB: host memory per node in MB
+        memMB: host memory per node in MB; default: 16384 for each rank on it
         h: a named resource of TorchX, in place of cpu, gpu and memMB
         env: environment variables (k1=v1,k2=v2)
         max_retries: restarts by the scheduler; a restarted run resumes from its last checkpoint
@@ -65,9 +66,9 @@ def evaluate(
     nodes: int = 1,
     name: str = "/",
     image: str = torchx.IMAGE,
-    cpu: int = 4,
+    cpu: Optional[int] = None,
     gpu: int = 0,
-    memMB: int = 16384,
+    memMB: Optional[int] = None,
     h: Optional[str] = None,
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
@@ -84,9 +85,9 @@ def evaluate(
         nodes: number of nodes
         name: {experiment}/{run}, as in TorchX's dist.ddp
         image: container image for Kubernetes and AWS Batch, built from docker/Dockerfile
-        cpu: CPU cores per node
+        cpu: CPU cores per node; default: 4 for each rank on it
         gpu: GPUs per node
-        memMB: host memory per node in MB
+        memMB: host memory per node in MB; default: 16384 for each rank on it
         h: a named resource of TorchX, in place of cpu, gpu and memMB
         env: environment variables (k1=v1,k2=v2)
         max_retries: restarts by the scheduler
@@ -105,9 +106,9 @@ def cohorts(
     nodes: int = 1,
     name: str = "/",
     image: str = torchx.IMAGE,
-    cpu: int = 4,
+    cpu: Optional[int] = None,
     gpu: int = 0,
-    memMB: int = 16384,
+    memMB: Optional[int] = None,
     h: Optional[str] = None,
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
@@ -125,9 +126,9 @@ def cohorts(
         nodes: number of nodes
         name: {experiment}/{run}, as in TorchX's dist.ddp
         image: container image for Kubernetes and AWS Batch, built from docker/Dockerfile
-        cpu: CPU cores per node
+        cpu: CPU cores per node; default: 4 for each rank on it
         gpu: GPUs per node
-        memMB: host memory per node in MB
+        memMB: host memory per node in MB; default: 16384 for each rank on it
         h: a named resource of TorchX, in place of cpu, gpu and memMB
         env: environment variables (k1=v1,k2=v2)
         max_retries: restarts by the scheduler
@@ -144,6 +145,8 @@ def _ddp(
     ranks: int,
     nodes: int,
     env: dict[str, str] | None,
+    cpu: int | None = None,
+    memMB: int | None = None,
     config: str = "",
     run: str = "",
     data: str = "",
@@ -156,4 +159,6 @@ def _ddp(
     places = [place for place in (config, run, data) if place]
     # A $ in an argument is the user's (OmegaConf's ${...}); doubled, TorchX's macro substitution leaves it alone.
     arguments = [argument.replace("$", "$$") for argument in (*places, *overrides)]
+    resources["cpu"] = CORES * ranks if cpu is None else cpu
+    resources["memMB"] = MEMORY_MB * ranks if memMB is None else memMB
     return dist.ddp(*arguments, m=module, j=f"{nodes}x{ranks}", env=ENV | (env or {}), **resources)

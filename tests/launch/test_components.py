@@ -59,6 +59,14 @@ def test_ranks_and_nodes_and_resources_reach_the_role() -> None:
     assert role.env["OMP_NUM_THREADS"] == "4"
 
 
+@pytest.mark.parametrize("verb", list(PLACES))
+def test_cores_and_memory_are_by_default_those_of_all_ranks_of_a_node(verb: str) -> None:
+    for ranks in (1, 8):
+        app = getattr(components, verb)(**PLACES[verb], ranks=ranks, nodes=2, gpu=ranks)
+        (role,) = app.roles
+        assert (role.resource.cpu, role.resource.memMB) == (4 * ranks, 16384 * ranks)
+
+
 def test_the_environment_of_one_app_does_not_leak_into_the_next() -> None:
     before = dict(components.ENV)
     components.train(config="c.yaml", env={"A": "1"}, debug=True)
