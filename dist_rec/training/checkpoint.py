@@ -294,7 +294,7 @@ def _lacking(checkpoint: Checkpoint, own: Mapping[str, Any]) -> list[str]:
     return [n for n, v in own.items() if getattr(saved.get(f"model.{n}"), "size", None) != v.shape]
 
 
-def _not_loaded(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+def _not_loaded(checkpoint: Checkpoint, error: BaseException) -> CheckpointError:
     """A training that runs removes old checkpoints, file by file, and does not know who reads them."""
     if not isinstance(_read(checkpoint.path), Checkpoint):
         cure = "raise checkpoint.keep of the training, or name a step that stays with evaluate.step"
