@@ -89,6 +89,12 @@ def test_a_dry_run_renders(scheduler: str) -> None:
     assert " m dist_rec train c yaml train steps 3 " in " ".join([*words, ""])
 
 
+def test_without_a_scheduler_it_runs_on_this_machine() -> None:
+    done = torchx_run("--dryrun", "launch/components.py:train", "--config", "c.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "'log_dir': '.torchx/" in done.stdout  # which .torchxconfig gives to local_cwd alone
+
+
 def test_a_local_run_passes_everything_on_unchanged(tmp_path: Path) -> None:
     done = torchx_run("-s", "local_cwd", "tests/launch/probe.py:component", "--config", str(tmp_path), "--", *OVERRIDES)
     assert done.returncode == 0, done.stderr
