@@ -57,6 +57,7 @@ CASES += [(MIXED_ROWS, "mean", "sgd", "after")]
 CASES += [(kind, "sum", "sgd", None, True) for kind in KINDS]
 CASES += [(kind, "sum", "sgd", "before", True) for kind in (*KINDS, MIXED_ROWS) if kind != "column_wise"]
 CASES += [("column_wise", "sum", "sgd", "after", True)]
+CASES += [("table_column_wise", "mean", "adagrad")]
 # one two-layer table, so that some ranks hold none
 LONELY = {**MIXED_ROWS, "user": "table_wise"}
 CASES += [(kind, "sum", "sgd", "before", False, ("user",)) for kind in ("table_wise", MIXED_ROWS, LONELY)]
