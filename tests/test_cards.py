@@ -36,6 +36,13 @@ def _parse(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -
         importlib.import_module(module).main(arguments)
 
 
+@pytest.mark.parametrize("card", [p for p in CARDS if p.parent.name == "smoke"], ids=lambda p: p.stem)
+def test_a_smoke_card_says_what_it_gives_and_when_that_was_seen(card: Path) -> None:
+    text = card.read_text()
+    assert re.search(r"^# Expected +\S", text, re.MULTILINE)
+    assert re.search(r"^# Verified +\d{4}-\d\d-\d\d$", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize("card", CARDS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_its_command_exists_and_parses(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = re.search(r"^# Command +(.+)$", card.read_text(), re.MULTILINE)
