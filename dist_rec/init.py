@@ -59,6 +59,7 @@ class Splits:
 
     @property
     def others(self) -> list[str]:
+        """Paths of the splits that are not train."""
         return [path for path in (self.validation, self.test) if path is not None]
 
 
