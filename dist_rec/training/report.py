@@ -143,7 +143,7 @@ class Reporter:
             examples: rows trained on since step 0 by all ranks together.
             metrics: of the newest rows; names as `metrics.compute` gives them.
             seconds: spent training since step 0.
-            wait_seconds: of these, waiting for data.
+            wait_seconds: of these, waiting for data, by the rank that waited longest.
         """
         if not self._main:
             return

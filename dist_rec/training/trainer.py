@@ -143,8 +143,8 @@ class Progress:
 
     step: int = 0
     examples: int = 0
-    seconds: float = 0.0  # spent in training steps
-    wait_seconds: float = 0.0  # of these, waiting for data
+    seconds: float = 0.0  # spent in training steps, by rank 0
+    wait_seconds: float = 0.0  # of these, waiting for data: of the rank that waited longest, see `_share_times`
     wall_seconds: float = 0.0  # of all processes of the run, with evaluations, checkpoints and start-up
     policies: dict[str, int] = field(default_factory=dict)  # what column policies did to training values, all ranks
     best_value: float | None = None
@@ -190,6 +190,7 @@ class Trainer:
         self.pipeline = GuardedPipeline(self.model, self.optimizer, self.runtime)
         self._losses = LossMeans()
         self._before = replace(self.progress)  # as this process found it
+        self._timed = (0.0, 0.0)  # seconds, wait_seconds that all ranks agree on
         self._batches: Iterator | None = None
         self._saved_step: int | None = None
         self._evaluated: tuple[int, Evaluation] | None = None
@@ -201,6 +202,7 @@ class Trainer:
             self._losses.load_state(part["losses"])
         self.progress = Progress(**checkpoint.meta["progress"])
         self._before = replace(self.progress)
+        self._timed = (self.progress.seconds, self.progress.wait_seconds)
         if self.config.early_stopping is None or checkpoint.meta["judged_by"] != self.facts["judged_by"]:
             # a best value by another metric or on other data cannot be compared with those to come
             self.progress.best_value = self.progress.best_step = None
@@ -271,7 +273,19 @@ class Trainer:
         rows = self.window.merged(self.runtime.control)
         return compute(rows, self.schema, self.metrics) if rows is not None else {}
 
+    def _share_times(self) -> None:
+        """Makes the times since the last call the same on all ranks: whom one rank's disk keeps waiting, waits in a
+        collective, and would say that it never waited for data. Collective.
+        """
+        p = self.progress
+        spent = self.runtime.gather((p.seconds - self._timed[0], p.wait_seconds - self._timed[1]))
+        seconds = spent[0][0]
+        p.seconds = self._timed[0] + seconds
+        p.wait_seconds = self._timed[1] + min(max(wait for _, wait in spent), seconds)  # clocks start a little apart
+        self._timed = (p.seconds, p.wait_seconds)
+
     def _report(self) -> None:
+        self._share_times()
         p, metrics = self.measured(), self.window_metrics()
         metrics |= self._losses.take(self.runtime)
         self.reporter.train(p.step, p.examples, metrics, seconds=p.seconds, wait_seconds=p.wait_seconds)
@@ -340,6 +354,7 @@ class Trainer:
         step = self.progress.step
         if self._saved_step == step:
             return
+        self._share_times()
         self.progress.policies = self.policies()
         cursor, progress = self.loader.cursor(self._batches_finished), self.measured()
         meta = {"cursor": cursor, "progress": vars(progress).copy(), **self.facts}

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dist_rec import train
 from dist_rec.config import from_mapping, load
+from dist_rec.data.parquet import decode
 from dist_rec.settings import ConfigError
 from dist_rec.training.checkpoint import CheckpointError, find
 from dist_rec.training.compatible import check_same_model
@@ -316,3 +319,31 @@ def test_a_file_system_without_locks_is_warned_of_and_trained_on(data, tmp_path)
     (warning,) = first[1]
     assert "no lock here (" in warning and "two runs in this folder would not be noticed" in warning
     assert second[1] == []
+
+
+def _slow_disk(rank: int, world_size: int, run: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """The result of a run in which rank 1 reads slowly, and how many seconds this rank waited for data."""
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.1)
+        return decode(*args, **kwargs)
+
+    config = from_mapping(run)
+    with pytest.MonkeyPatch.context() as patch, train.process(config.run) as here:
+        if rank == 1:
+            patch.setattr("dist_rec.data.loader.decode", slowly)
+        training = train._Training(config, here)
+        return training.run(), training.loader.wait_seconds
+
+
+def test_the_wait_for_data_is_that_of_the_rank_that_waits(tmp_path):
+    data = write(tmp_path / "data", 300, row_group=10)
+    run = values(data, tmp_path / "run", data={"shuffle": False}, report={"every": 100})
+    (first, quick), (second, slow) = run_ranks(_slow_disk, 2, run)
+    assert slow > quick
+    assert first["train_seconds"] == second["train_seconds"]
+    share = min(slow / first["train_seconds"], 1)
+    assert first["data_wait_share"] == second["data_wait_share"] == pytest.approx(share, rel=1e-6)
+    (report,) = reports(tmp_path / "run", "train")
+    assert report["data_wait_share"] == pytest.approx(share, rel=1e-6)
+    assert find(tmp_path / "run" / "checkpoints")[-1].meta["progress"]["wait_seconds"] > quick
