@@ -205,7 +205,7 @@ def test_auto_is_an_inverted_file_where_there_are_many_items(trained, tmp_path, 
     config, folder = str(_folder(trained["shared"]) / "config.yaml"), tmp_path / "export"
     recalls = {}
     for probes in (1, 1000):
-        cli.main(["export", config, f"export.path={folder}", f"export.probes={probes}"])
+        cli.main(["export", config, f"export.path={folder}", "export.index=auto", f"export.probes={probes}"])
         report = json.loads((folder / "report.json").read_text())
         assert report["index"] == "IVF32,Flat"  # 4 * sqrt(95) is 39
         recalls[probes] = report["index_recall@10"]
