@@ -42,9 +42,7 @@ class ShardingConfig:
     """The `sharding` section: what the planner may assume about the machine."""
 
     device_memory_gb: float | None = None  # memory per GPU; default: the GPU's own; in offline plans 32
-    host_memory_gb: float | None = (
-        None  # host memory per rank; default: the machine's / its ranks; in offline plans 128
-    )
+    host_memory_gb: float | None = None  # of each rank; default: the machine's / its ranks, 128 in offline plans
     min_columns: int | None = None  # narrowest shard of a column-wise table; must divide its width
 
     def check(self) -> Iterator[Complaint]:
