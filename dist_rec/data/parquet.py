@@ -8,12 +8,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from dist_rec.data.footers import DataError
 from dist_rec.data.ids import Ids, Locate, PolicyCounts, Ragged, primitive
 from dist_rec.data.schema import DenseColumn, GroupColumn, LabelColumn, Schema, SparseColumn
 
 DECODED_VALUES = 2**20  # of flat columns, in one call
+_TILE = 2**14  # numbers transformed in one call: torch divides more than 2**15 among threads, which training needs
 
 
 @dataclass(frozen=True)
@@ -245,11 +247,13 @@ class Numbers(NamedTuple):
 
 
 def _signed_log1p(work: np.ndarray) -> None:
-    """sign(x) * ln(1 + |x|), in place."""
-    if len(work) and work.min() >= 0:  # counts mostly are, and need no temporary arrays
-        np.log1p(work, out=work)
-    else:
-        np.copysign(np.log1p(np.abs(work)), work, out=work)
+    """sign(x) * ln(1 + |x|), in place. Torch's: numpy's takes four times as long on a CPU without AVX-512."""
+    for start in range(0, len(work), _TILE):
+        tile = torch.from_numpy(work[start : start + _TILE])
+        if tile.min() >= 0:  # counts mostly are, and need no temporary arrays
+            torch.log1p(tile, out=tile)
+        else:
+            torch.copysign(tile.abs().log1p_(), tile, out=tile)
 
 
 def _copied(bags: Ragged, dtype: np.dtype) -> Ragged:
