@@ -214,7 +214,7 @@ class JobData:
 
     def items(self) -> dict[str, int | str] | None:
         """The fingerprint of the item table; None if there is none."""
-        return fingerprint(self._footers[ITEMS]) if ITEMS in self._footers else None
+        return self.fingerprint(ITEMS) if ITEMS in self._footers else None
 
     def once(self, name: str) -> Loader:
         """One pass over a split that the config has, in file order."""

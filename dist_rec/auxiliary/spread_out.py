@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,8 +70,7 @@ class Config:
 def _with_items(catalogue: Catalogue, seed: int, batch: Batch, step: int, rank: int) -> Batch:
     items = Draws(seed, VIEW, step).below(len(catalogue), "item", row_numbers(batch, rank))
     bags = {view_key(name, VIEW): found for name, found in catalogue.bags(items).items()}
-    groups = {ITEM: torch.from_numpy(catalogue.table.ids[items].astype(np.int64))}
-    return with_views(batch, bags, {VIEW: catalogue.dense(items)}, groups)
+    return with_views(batch, bags, {VIEW: catalogue.dense(items)}, {ITEM: catalogue.ids(items)})
 
 
 class SpreadOut(nn.Module):

@@ -49,6 +49,10 @@ class Catalogue:
                 result[:, i] = self.table.numbers(column.column or name, rows)
         return torch.from_numpy(result)
 
+    def ids(self, rows: np.ndarray) -> Tensor:
+        """(n,) int64: the id of the item in each row."""
+        return torch.from_numpy(self.table.ids[rows].astype(np.int64))
+
     def share(self, rank: int, world_size: int) -> range:
         """The rows that fall to a rank: contiguous, equal up to one."""
         return range(len(self) * rank // world_size, len(self) * (rank + 1) // world_size)

@@ -148,11 +148,11 @@ class DaemonPool:
             thread.join(_JOIN_SECONDS)
 
     def _work(self) -> None:
+        yield_to_training()
         while (item := self._calls.get()) is not None:
             future, call = item
             if future.set_running_or_notify_cancel():
                 try:
-                    yield_to_training()  # in here, where a failure reaches whoever waits; of no cost beside a row group
                     future.set_result(call())
                 except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the result
                     future.set_exception(error)

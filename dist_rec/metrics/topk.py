@@ -30,18 +30,16 @@ def exact_topk(
     *,
     block: int = 8192,
     excluded: tuple[Tensor, Tensor] | None = None,
-    most_scores: int = _MOST_SCORES,
 ) -> TopK:
-    """The K largest of `queries @ vectors.T` for each query. Memory: `most_scores`, however many queries there are.
+    """The K largest of `queries @ vectors.T` for each query. Memory: `_MOST_SCORES`, however many queries there are.
 
     Args:
         queries: (Q, D) float32. vectors: (N, D) float32.
-        block: vectors that are compared at a time, with as many queries as `most_scores` has room for.
+        block: vectors that are compared at a time, with as many queries as `_MOST_SCORES` has room for.
         excluded: (m,) queries and (m,) rows of `vectors` that may not be found together, ascending by row.
-        most_scores: scores in memory at a time, 4 bytes each; speed and memory only.
     """
-    block = max(1, min(block, len(vectors), most_scores))
-    step = max(1, most_scores // block)
+    block = max(1, min(block, len(vectors), _MOST_SCORES))
+    step = max(1, _MOST_SCORES // block)
     room = queries.new_empty(min(step, len(queries)) * block)  # fresh memory for every block costs page faults
     found = [nothing(0, k, queries.device)]
     for first in range(0, len(queries), step):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_rec.metrics import topk
 from dist_rec.metrics.topk import exact_topk
 
 Q, N, D = 9, 301, 6
@@ -53,14 +54,15 @@ class _Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("block", "most"), [(64, 200), (7, 64), (64, 40), (1000, 2000), (64, 10**6)])
-def test_scores_are_bounded_whatever_the_number_of_queries_and_the_result_is_the_same(block, most):
+def test_scores_are_bounded_whatever_the_number_of_queries_and_the_result_is_the_same(monkeypatch, block, most):
     g = torch.Generator().manual_seed(most)
     queries, vectors = torch.randn(90, D, generator=g), torch.randn(N, D, generator=g)
     pairs = torch.stack([torch.arange(90).repeat_interleave(3), (queries @ vectors.T).topk(3).indices.flatten()])
     excluded = tuple(pairs[:, pairs[1].argsort()])
-    with _Products() as seen:
-        found = exact_topk(queries, vectors, 2, block=block, excluded=excluded, most_scores=most)
     expected = exact_topk(queries, vectors, 2, block=N, excluded=excluded)
+    monkeypatch.setattr(topk, "_MOST_SCORES", most)
+    with _Products() as seen:
+        found = exact_topk(queries, vectors, 2, block=block, excluded=excluded)
     torch.testing.assert_close(found.scores, expected.scores)
     assert torch.equal(found.rows, expected.rows)
     width = min(block, N, most)

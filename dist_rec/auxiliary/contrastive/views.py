@@ -55,7 +55,7 @@ class ItemViews:
             for name in self._catalogue.features
         }
         groups = {
-            ITEM: torch.from_numpy(self._catalogue.table.ids[items].astype(np.int64)),
+            ITEM: self._catalogue.ids(items),
             NOISE: torch.from_numpy(draws.bits("dimensions", rows).view(np.int64)),
         }
         return with_views(batch, bags, dict.fromkeys(VIEWS, dense), groups)
