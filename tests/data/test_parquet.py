@@ -166,6 +166,18 @@ def test_dense_fill_transform_standardise():
     assert converted(DenseColumn(), [True, False])[0].dense[0].tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_log1p_of_a_long_column_does_not_depend_on_where_a_number_stands(dtype):
+    """Of several tiles, some with negative numbers: the order of rows and the ranks must not change what is trained."""
+    column = DenseColumn(transform="log1p")
+    x = np.random.default_rng(0).lognormal(1, 3, 40_000).astype(dtype)
+    x[20_000:22_000] *= -1
+    whole = converted(column, x)[0].dense[0]
+    np.testing.assert_allclose(whole, np.sign(x) * np.log1p(np.abs(x)), rtol=1e-6)
+    for start, stop in ((0, 1), (3, 20), (16_383, 16_385), (19_999, 40_000)):
+        assert np.array_equal(converted(column, x[start:stop])[0].dense[0], whole[start:stop])
+
+
 def test_dense_in_64_bit_keeps_the_digits_of_time_stamps():
     stamps = np.array([1_700_000_000, 1_700_000_010])
     for array in (stamps, stamps.astype(np.float64)):
