@@ -72,14 +72,15 @@ class _SoftmaxLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, columns, positive, bias, row_ids, column_ids, *kept = ctx.saved_tensors
         saved = (rows, columns, positive, bias, row_ids, column_ids)
-        of_rows, of_columns = torch.empty_like(rows), torch.zeros_like(columns)
+        # transposed: MKL adds up over the rows of `slopes` a quarter faster than over the columns of `slopes.T`
+        of_rows, of_columns = torch.empty_like(rows), columns.new_zeros(columns.shape[1], len(columns))
         for here in _blocks(len(rows), len(columns), ctx.max_logits):
             slopes, totals = kept or _block(here, *saved, ctx.temperature)[1:]
             scale = (gradient[here] / ctx.temperature / totals)[:, None]
             of_rows[here] = (slopes @ columns).mul_(scale)
-            of_columns.addmm_(slopes.T, rows[here] * scale)
+            of_columns.addmm_((rows[here] * scale).T, slopes)
             del slopes, totals  # before the next block takes as much
-        return of_rows, of_columns, None, None, None, None, None, None
+        return of_rows, of_columns.T, None, None, None, None, None, None
 
 
 def _blocks(num_rows: int, num_columns: int, max_logits: int) -> list[slice]:
