@@ -51,6 +51,7 @@ def interactions(rows: int, seed: int = 5) -> pa.Table:
             "user": user,
             "item": item,
             "history": [present[rng.integers(0, len(present), n)].tolist() for n in rng.integers(0, 4, rows)],
+            "source": present[rng.integers(0, len(present), rows)],  # where the query is an item too
             "row": np.arange(rows),
         }
     )

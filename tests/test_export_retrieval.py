@@ -22,7 +22,7 @@ from dist_rec.training.checkpoint import find
 from dist_rec.training.evaluation import forward, predict
 from dist_rec.training.stored import StoredModel
 from tests import catalogues
-from tests.catalogues import CORRELATION
+from tests.catalogues import BRANDS, CORRELATION, ITEMS
 from tests.ranks import run_ranks
 from tests.runs import merged, train_all
 from tests.sharded import runtime
@@ -32,7 +32,20 @@ CASES: dict[str, dict[str, Any]] = {
     "shared": SSL,
     "separate": merged(SSL, {"model": {"tables": "separate"}, "objective": {"log_q": True}}),
     "mlet": merged(SSL, {"embeddings": {"inner_dim": 12, "factor_above": 2.0}}),
+    "item_to_item": {
+        "schema": {
+            "sparse": {
+                "source": {"num_ids": ITEMS, "table": "items"},
+                "source_brand": {"num_ids": BRANDS, "join": "source", "column": "brand", "table": "brands"},
+            },
+            "groups": {"source": {"column": "source"}},
+        },
+        "model": {"query": ["source", "source_brand"]},
+        "metrics": {"retrieval": {"query": "source"}},
+    },
 }
+QUERIES = {name: {"user", "items", "brands"} for name in CASES} | {"item_to_item": {"items", "brands"}}
+"""The tables that the query tower reads."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +87,7 @@ def _vectors(rank: int, world_size: int, runs: list[dict[str, Any]]) -> list[tup
 
 
 def test_vectors_and_lists_are_those_of_the_trained_model(data, trained, tmp_path):
-    rows = pq.read_table(data / "test").select(["row", "user", "history"])  # no item: it is what is looked for
+    rows = pq.read_table(data / "test").select(["row", "user", "history", "source"])  # no item: it is what is looked for
     (tmp_path / "queries").mkdir()
     pq.write_table(rows.slice(0, 50), tmp_path / "queries" / "a.parquet", row_group_size=20)
     pq.write_table(rows.slice(50), tmp_path / "queries" / "b.parquet")
@@ -107,7 +120,7 @@ def test_each_tower_has_the_tables_and_layers_that_it_needs(trained):
             assert not any(n.startswith(f"dense.arch.{other}.") or "auxiliaries" in n for n in found)
         tables = {t: {n.split(".")[-2] for n in found if ".embedding_bags." in n} for t, found in tensors.items()}
         prefix = ("main_", "main_") if name != "separate" else ("query_", "item_")
-        assert tables["query"] == {f"{prefix[0]}{t}" for t in ("user", "items", "brands")}
+        assert tables["query"] == {f"{prefix[0]}{t}" for t in QUERIES[name]}
         assert tables["item"] == {f"{prefix[1]}{t}" for t in ("items", "tags", "brands")}
         with StoredModel(find(_folder(run) / "checkpoints")[-1].path) as stored:
             served = {n for n in stored.tensors if not n.startswith(("dense.objective", "embeddings.projections"))}

@@ -102,6 +102,22 @@ def test_a_local_run_passes_everything_on_unchanged(tmp_path: Path) -> None:
     assert [json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())] == [seen, seen]
 
 
+def test_a_card_trains_and_is_evaluated_through_torchx(tmp_path: Path) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    made = [f"data.{split}={data}/{split}" for split in ("train", "validation", "test")]
+    small = [f"data.synthetic.path={data}", "data.synthetic.rows=8000", "data.synthetic.eval_rows=2000"]
+    train = ["launch/components.py:train", "--config", "configs/smoke/dlrm.yaml", "--ranks", "2", "--"]
+    done = torchx_run("-s", "local_cwd", *train, f"run.dir={run}", *made, *small, "train.steps=5")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "result.json").read_text())
+    assert (result["world_size"], result["examples"]) == (2, 5 * 2 * 512)
+    evaluate = ["launch/components.py:evaluate", "--config", str(run / "config.yaml"), "--ranks", "1"]
+    done = torchx_run("-s", "local_cwd", *evaluate)
+    assert done.returncode == 0, done.stderr
+    (path,) = run.glob("evaluation-test*.json")
+    assert json.loads(path.read_text())["metrics"]["ne"] == pytest.approx(result["metrics"]["test"]["ne"], rel=1e-6)
+
+
 def test_a_failing_rank_ends_the_job_and_its_error_comes_first(tmp_path: Path) -> None:
     run = ["-s", "local_cwd", "tests/launch/probe.py:component", "--config", str(tmp_path), "--", "fail=1"]
     done = torchx_run(*run)
