@@ -87,7 +87,7 @@ def _vectors(rank: int, world_size: int, runs: list[dict[str, Any]]) -> list[tup
 
 
 def test_vectors_and_lists_are_those_of_the_trained_model(data, trained, tmp_path):
-    rows = pq.read_table(data / "test").select(["row", "user", "history", "source"])  # no item: it is what is looked for
+    rows = pq.read_table(data / "test").select(["row", "user", "history", "source"])  # no item: that is asked
     (tmp_path / "queries").mkdir()
     pq.write_table(rows.slice(0, 50), tmp_path / "queries" / "a.parquet", row_group_size=20)
     pq.write_table(rows.slice(50), tmp_path / "queries" / "b.parquet")

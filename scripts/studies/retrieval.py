@@ -2,10 +2,12 @@
 
     .venv/bin/python -m scripts.studies.retrieval [--sets beauty toys squirrel] [--models two_tower history]
         [--arms popularity item_knn two_tower so rfm cfm] [--shares 1 0.1] [--seeds 0 1 2 3 4] [--processes 2]
-        [--alphas 0.1 0.3 1 3] [--dropouts 0.1 0.3 0.5] [--work .data/retrieval] [--overrides key=value ...]
+        [--alphas 0.1 0.3 1] [--weights 0.01 0.03 0.1 0.3 1] [--dropouts 0.3 0.1 0.5] [--work .data/retrieval]
+        [--overrides key=value ...]
 
 For every set, card configs/<folder>/<model>.yaml and share of the training rows: chooses on the validation rows, with a
-seed of its own, the weight alpha of each arm's loss and then, at that weight, the share of the ids that a view drops;
+seed of its own, the weight of each arm's loss (--alphas of the contrastive ones, --weights of spread-out
+regularisation) and then, at that weight, the share of the ids that a view drops;
 trains every arm with every seed, early stopping on validation rows; and prints Markdown tables of the best checkpoints'
 figures on the test rows, and of their differences to the two towers without an item loss, paired by seed. A trial is
 kept under --work and not repeated. Intervals are over seeds (95 %, Student's t) and do not hold for other test rows;
@@ -94,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def run(jobs: Sequence[Job]) -> list[Outcome]:
         return train(jobs, parts, work, args.overrides, args.processes)
 
-    chosen = tune(run, cases, [arm for arm in trained if arm != PLAIN], args.alphas, args.dropouts)
+    grids = {arm: args.weights if arm == "so" else args.alphas for arm in trained if arm != PLAIN}
+    chosen = tune(run, cases, grids, args.dropouts)
     jobs = [Job(case, arm, chosen.get((case, arm)), s) for s in args.seeds for case in cases for arm in trained]
     found: dict[Case, dict[str, list[Mapping[str, float]]]] = {case: {} for case in cases}
     for job, outcome in zip(jobs, run(jobs), strict=True):
@@ -113,7 +116,8 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="squirrel has no history")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.1], help="of the training rows")
-    parser.add_argument("--alphas", nargs="+", type=float, default=[0.1, 0.3, 1.0, 3.0])
+    parser.add_argument("--alphas", nargs="+", type=float, default=[0.1, 0.3, 1.0])
+    parser.add_argument("--weights", nargs="+", type=float, default=[0.01, 0.03, 0.1, 0.3, 1.0], help="of arm so")
     parser.add_argument(
         "--dropouts", nargs="+", type=float, default=[0.3, 0.1, 0.5], help="alpha is chosen at the first"
     )
@@ -139,14 +143,16 @@ def prepare(case: Case, data: Path, work: Path) -> Path:
 def tune(
     run: Callable[[Sequence[Job]], list[Outcome]],
     cases: Sequence[Case],
-    arms: Sequence[str],
-    alphas: Sequence[float],
+    grids: Mapping[str, Sequence[float]],
     dropouts: Sequence[float],
 ) -> dict[tuple[Case, str], Setting]:
-    """(case, arm) -> the setting that is best on the validation rows: alpha at the first dropout, then the dropout."""
+    """(case, arm) -> the setting that is best on the validation rows: weight at the first dropout, then dropout.
+
+    grids: arm -> the weights of its loss that are tried.
+    """
     first = {
         (case, arm): [Setting(alpha, None if arm == "so" else dropouts[0]) for alpha in alphas]
-        for case in cases for arm in arms
+        for case in cases for arm, alphas in grids.items()
     }  # fmt: skip
     chosen = _best(run, first)
     second = {

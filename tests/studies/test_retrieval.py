@@ -106,14 +106,15 @@ def test_alpha_is_chosen_first_and_then_the_dropout() -> None:
         return [Outcome({}, {"recall@50": float(job.setting == best[job.arm]) + (job.setting or (0,))[0] / 10}, {})
                 for job in jobs]  # fmt: skip
 
-    chosen = tune(run, [CASE], ["rfm", "so"], [0.1, 0.3, 1.0], [0.5, 0.1])
+    chosen = tune(run, [CASE], {"rfm": [0.1, 0.3, 1.0], "so": [0.01, 1.0]}, [0.5, 0.1])
     assert chosen == {(CASE, "rfm"): Setting(1.0, 0.5), (CASE, "so"): Setting(1.0)}
     assert [j.setting for j in tried if j.arm == "rfm"] == [
         Setting(0.1, 0.5), Setting(0.3, 0.5), Setting(1.0, 0.5), Setting(1.0, 0.5), Setting(1.0, 0.1)
     ]  # fmt: skip
+    assert [j.setting for j in tried if j.arm == "so"] == [Setting(0.01), Setting(1.0)]
     assert all(job.seed == TUNING_SEED and job.split == "validation" for job in tried)
     tried.clear()
-    assert tune(run, [CASE], ["rfm"], [0.3], [0.2]) == {(CASE, "rfm"): Setting(0.3, 0.2)} and not tried
+    assert tune(run, [CASE], {"rfm": [0.3]}, [0.2]) == {(CASE, "rfm"): Setting(0.3, 0.2)} and not tried
 
 
 @pytest.mark.parametrize("name", CARDS)
