@@ -28,8 +28,12 @@ class DenseColumn:
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about this column's own settings."""
-        if not self.std > 0:
-            yield Complaint("std", f"is {self.std}; dense values are divided by it, so it must be > 0")
+        if not 0 < self.std < math.inf:
+            yield Complaint("std", f"is {self.std}; dense values are divided by it, so it must be finite and > 0")
+        if not math.isfinite(self.mean):
+            yield Complaint("mean", f"is {self.mean}; it is taken off dense values, so it must be finite")
+        if not math.isfinite(self.fill):  # also what a row without an item table's row reads
+            yield Complaint("fill", f"is {self.fill}; nulls would be read as no finite number")
 
 
 @dataclass
