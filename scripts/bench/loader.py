@@ -25,6 +25,7 @@ import torch
 from dist_rec.data.footers import check_columns, read_footers
 from dist_rec.data.loader import DataConfig, Loader
 from dist_rec.data.schema import DenseColumn, LabelColumn, Schema, SparseColumn
+from dist_rec.training.runtime import keep_freed_memory
 
 NUM_DENSE, NUM_SPARSE, NUM_IDS = 13, 26, 10_000_000
 
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    keep_freed_memory()  # as in training
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
