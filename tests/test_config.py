@@ -139,9 +139,10 @@ def test_the_base_of_these_tests_is_good(tmp_path):
         *(
             ({"schema": {"dense": {"price": {key: value}}}}, f"schema.dense.price.{key}", f"is {value}; {words}")
             for key, value, words in (
-                ("fill", float("inf"), "nulls would be read as no finite number"),
-                ("mean", float("nan"), "it is taken off dense values, so it must be finite"),
-                ("std", float("inf"), "dense values are divided by it, so it must be finite and > 0"),
+                ("fill", float("inf"), "it stands for nulls and for absent items; give a finite number"),
+                ("fill", -1e39, "it stands for nulls and for absent items; give a finite number"),
+                ("mean", float("nan"), "it is taken off dense values; give a finite number that float32 can hold"),
+                ("std", 1e-50, "dense values are divided by it; give a number > 0 that float32 can hold"),
             )
         ),
         ({"schema": {"dense": {"click": {}}}}, "schema.dense.click", "is also a label"),
@@ -149,7 +150,7 @@ def test_the_base_of_these_tests_is_good(tmp_path):
         ({"schema": {"sparse": {"a@b": {"num_ids": 3}}}}, "schema.sparse.a@b", "one of @ # ."),
         ({"schema": {"labels": {"click": {"kind": "real"}}}}, "objective.name", "kind: real"),
         ({"schema": {"sparse": {"user": {"weights": "w"}}}}, "schema.sparse.user.weights", "set multi: true"),
-        ({"schema": {"dense": {"d0": {"std": 0}}}}, "schema.dense.d0.std", "must be finite and > 0"),
+        ({"schema": {"dense": {"d0": {"std": 0}}}}, "schema.dense.d0.std", "give a number > 0"),
         ({"schema": {"groups": {"g": {"column": "d0", "scale": -1.0}}}}, "schema.groups.g.scale", "use a number > 0"),
         (
             {"schema": {"groups": {"domain": {"column": "domain", "out_of_range": "reserved"}}}},

@@ -144,6 +144,17 @@ def test_items_are_left_out_and_short_lists_are_short(data, trained, tmp_path):
         assert len(items) == len(set(items)) == whole - len(set(history))
 
 
+def test_items_are_queries_that_need_nothing_else_and_are_left_out_of_their_own_lists(data, trained, tmp_path):
+    export, out = _folder(trained["item_to_item"]) / "export", tmp_path / "out.parquet"
+    pq.write_table(pq.read_table(data / "test").select(["source"]), tmp_path / "sources.parquet")
+    whole = len(catalogues.items())
+    query = ["predict", str(export), str(tmp_path / "sources.parquet"), str(out), "keep=[source]", f"k={whole}"]
+    cli.main([*query, "exclude=[source]"])
+    found = pq.read_table(out)
+    for items, source in zip(found["items"].to_pylist(), found["source"].to_pylist(), strict=True):
+        assert len(set(items)) == len(items) == whole - 1 and source not in items
+
+
 def test_an_index_is_built_searched_and_compared(data, trained, tmp_path, capsys):
     pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     run, export = trained["shared"], tmp_path / "export"

@@ -13,6 +13,8 @@ from typing import Literal
 
 from dist_rec.settings import Complaint, gather
 
+_FLOAT32 = (2.0**-126, 3.4028234663852886e38)  # the smallest normal number above 0 and the largest
+
 
 @dataclass
 class DenseColumn:
@@ -28,12 +30,13 @@ class DenseColumn:
 
     def check(self) -> Iterator[Complaint]:
         """Complaints about this column's own settings."""
-        if not 0 < self.std < math.inf:
-            yield Complaint("std", f"is {self.std}; dense values are divided by it, so it must be finite and > 0")
-        if not math.isfinite(self.mean):
-            yield Complaint("mean", f"is {self.mean}; it is taken off dense values, so it must be finite")
-        if not math.isfinite(self.fill):  # also what a row without an item table's row reads
-            yield Complaint("fill", f"is {self.fill}; nulls would be read as no finite number")
+        if not _FLOAT32[0] <= self.std <= _FLOAT32[1]:
+            text = "dense values are divided by it; give a number > 0 that float32 can hold"
+            yield Complaint("std", f"is {self.std}; {text}")
+        for key, used in (("mean", "is taken off dense values"), ("fill", "stands for nulls and for absent items")):
+            value = getattr(self, key)
+            if not abs(value) <= _FLOAT32[1]:  # nan too
+                yield Complaint(key, f"is {value}; it {used}; give a finite number that float32 can hold")
 
 
 @dataclass

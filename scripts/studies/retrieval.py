@@ -2,7 +2,7 @@
 
     .venv/bin/python -m scripts.studies.retrieval [--sets beauty toys squirrel] [--models two_tower history]
         [--arms popularity item_knn two_tower so rfm cfm] [--shares 1 0.1] [--seeds 0 1 2 3 4] [--processes 2]
-        [--alphas 0.1 0.3 1] [--weights 0.01 0.03 0.1 0.3 1] [--dropouts 0.3 0.1 0.5] [--work .data/retrieval]
+        [--alphas 0.1 0.3 1 3] [--weights 0.01 0.03 0.1 0.3 1] [--dropouts 0.3 0.1 0.5] [--work .data/retrieval]
         [--overrides key=value ...]
 
 For every set, card configs/<folder>/<model>.yaml and share of the training rows: chooses on the validation rows, with a
@@ -15,8 +15,9 @@ a seed draws the model and the order of rows, not the data.
 
 Arms: popularity and item-kNN (see `retrieval_data.py`, also for the sets and splits); two_tower, the card as it is; so,
 rfm and cfm, the card with spread-out regularisation, with the contrastive loss under random and under correlated
-feature masking. Nothing but alpha and the dropout is tuned for an arm. With a share below 1, a training has as many
-epochs more as it has rows fewer, and validates more often in proportion to the share's root.
+feature masking. Nothing but that weight and the dropout is tuned for an arm, on one seed; beyond an optimum at an end
+of its grid there may be a better one. With a share below 1, a training has as many epochs more as it has rows fewer,
+and validates more often in proportion to the share's root.
 
 squirrel is the negative control: what is known of its pages adds nothing to their ids.
 """
@@ -116,7 +117,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="squirrel has no history")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.1], help="of the training rows")
-    parser.add_argument("--alphas", nargs="+", type=float, default=[0.1, 0.3, 1.0])
+    parser.add_argument("--alphas", nargs="+", type=float, default=[0.1, 0.3, 1.0, 3.0], help="of rfm and cfm")
     parser.add_argument("--weights", nargs="+", type=float, default=[0.01, 0.03, 0.1, 0.3, 1.0], help="of arm so")
     parser.add_argument(
         "--dropouts", nargs="+", type=float, default=[0.3, 0.1, 0.5], help="alpha is chosen at the first"
@@ -260,7 +261,7 @@ def report(
     """The tables of one case as Markdown. rows: of the test split, all and by slice; found: arm -> scores."""
     seeds = max(len(s) for s in found.values())
     yield f"\n## {case.set}, {case.model}, {case.share:.0%} of the training rows; seeds: {seeds}\n"
-    chosen = [f"{arm} alpha {s.alpha:g}" + ("" if s.dropout is None else f", dropout {s.dropout:g}")
+    chosen = [f"{arm} weight {s.alpha:g}" if s.dropout is None else f"{arm} alpha {s.alpha:g}, dropout {s.dropout:g}"
               for arm, s in settings.items()]  # fmt: skip
     yield f"on validation: {'; '.join(chosen) or 'nothing was chosen'}"
     heads = [f"{name}: {count:,}" for name, count in zip(("all", *SLICES), rows, strict=True)]

@@ -47,7 +47,7 @@ SETS = {
     "toys": _amazon("toys", popularity=(0.011, 0.028), item_knn=(0.079, 0.147), two_tower=(0.030, 0.088)),
     "squirrel": DataSet(
         "musae_wiki/squirrel_links.parquet", "musae_wiki/squirrel_pages.parquet", "src", "dst", "linked",
-        {"popularity": (0.255, 0.336), "item_knn": (0.612, 0.699), "two_tower": (0.647, 0.827)},
+        {"popularity": (0.255, 0.336), "item_knn": (0.612, 0.699), "two_tower": (0.645, 0.819)},
     ),
 }  # fmt: skip
 
