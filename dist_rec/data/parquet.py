@@ -159,14 +159,14 @@ class Numbers(NamedTuple):
         self.finite(array, column.on_null, column.fill, work)
         if column.transform == "log1p":
             _signed_log1p(work)
-        with np.errstate(over="ignore"):
-            if column.mean != 0:
-                work -= column.mean
-            if column.std != 1:
-                work /= column.std
-            out[:] = work
-        fix = "use transform: log1p, or a mean and a std of the column's size"
-        self.require(np.isfinite(out), array, "does not fit float32 when transformed", fix)
+        if column.mean != 0:
+            work -= column.mean
+        if column.std != 1:
+            work /= column.std
+        if is_wide:
+            with np.errstate(over="ignore"):
+                out[:] = work
+            self.require(np.isfinite(out), array, "does not fit float32", "use transform: log1p, or mean and std")
 
     def label(self, array: pa.Array, column: LabelColumn, out: np.ndarray) -> None:
         """out: (n,) float32."""
