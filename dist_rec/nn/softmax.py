@@ -72,7 +72,7 @@ class _SoftmaxLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, columns, positive, bias, row_ids, column_ids, *kept = ctx.saved_tensors
         saved = (rows, columns, positive, bias, row_ids, column_ids)
-        # as (V, b) @ (b, C): MKL takes a quarter more for (C, b) @ (b, V)
+        # as (V, b) @ (b, C): of 1024 x 1024 x 64, MKL takes a third more for (C, b) @ (b, V)
         of_rows, of_columns = torch.empty_like(rows), columns.new_zeros(columns.shape[1], len(columns))
         for here in _blocks(len(rows), len(columns), ctx.max_logits):
             slopes, totals = kept or _block(here, *saved, ctx.temperature)[1:]
