@@ -178,6 +178,7 @@ def test_the_base_of_these_tests_is_good(tmp_path):
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep", "is 0"),
         ({"run": {"seed": -1}}, "run.seed", "use a number >= 0"),
         ({"data": {"batch_size": 0}}, "data.batch_size", "use at least 1"),
+        ({"data": {"test": "s3://key:pass@bucket/test"}}, "data.test", "is a URI with a secret in it"),
         ({"data": {"synthetic": {"rows": 0}}}, "data.synthetic.rows", "use at least 1"),
         ({"report": {"every": 0}}, "report.every", "at least 1"),
         ({"sharding": {"host_memory_gb": 0}}, "sharding.host_memory_gb", "use a number > 0"),

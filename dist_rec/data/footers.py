@@ -22,6 +22,7 @@ from dist_rec.data.schema import Schema
 
 _FOOTER_THREADS = 16  # a footer is one or two small reads; on an object store their latency is all the cost
 _SUFFIX = ".parquet"
+_SECRET = r"\w+://([^/@]*:[^/@]+@|.*[?&]client_secret=)"  # of the account before the @, or an option of abfs
 _WILD = "*?["
 _UNQUOTED = "/!$&'()*+,;=:@"  # what a path in a URI may hold as it is, besides letters, digits and -._~
 
@@ -150,9 +151,21 @@ def _glob(filesystem: pafs.FileSystem, pattern: str, is_local: bool) -> list[str
     return [name for name in _list(filesystem, _folder(pattern)) if fnmatch.fnmatchcase(name, pattern)]
 
 
+def secret_problem(path: str) -> str | None:
+    """What is wrong with a URI that holds a secret, in words that do not repeat it; None if it holds none."""
+    if not re.match(_SECRET, path):
+        return None
+    return (
+        "is a URI with a secret in it, which config.yaml, logs and messages would show; leave it out "
+        "and give the secret as the store's tools take it, e.g. in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    )
+
+
 def _file_system(path: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in path:
         return pafs.LocalFileSystem(), path
+    if problem := secret_problem(path):
+        raise DataError(f"the path of the data {problem}")
     try:
         return pafs.FileSystem.from_uri(path)
     except (pa.ArrowException, OSError) as error:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from dist_rec.data.batch import Batch
 from dist_rec.data.blocks import BatchBuilder
-from dist_rec.data.footers import FileFooter, fingerprint, is_list, open_file
+from dist_rec.data.footers import FileFooter, fingerprint, is_list, open_file, secret_problem
 from dist_rec.data.ids import PolicyCounts
 from dist_rec.data.join import Join
 from dist_rec.data.parquet import DECODED_VALUES, Columns, Place, convert, decode, id_dtype, is_fixed
@@ -40,7 +40,10 @@ _KEPT = 1.15  # what allocators keep of freed memory: the process grows by more 
 
 @dataclass
 class DataConfig:
-    """Where the data are and how they are read. Paths: a file, folder or glob, local or a URI (s3://bucket/train)."""
+    """Where the data are and how they are read.
+
+    Paths: a file, folder or glob, local or a URI (s3://bucket/train) without a secret in it.
+    """
 
     train: str
     batch_size: int  # rows per rank and step
@@ -60,6 +63,9 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield Complaint(name, f"is {value}; use at least 1")
+        for name in ("train", "validation", "test", "items"):
+            if problem := secret_problem(getattr(self, name) or ""):
+                yield Complaint(name, problem)
         if self.synthetic is not None:
             yield from gather("synthetic", self.synthetic.check())
 

@@ -8,7 +8,15 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
-from dist_rec.data.footers import DataError, check_columns, find_files, fingerprint, open_file, read_footers
+from dist_rec.data.footers import (
+    DataError,
+    check_columns,
+    find_files,
+    fingerprint,
+    open_file,
+    read_footers,
+    secret_problem,
+)
 from dist_rec.data.schema import DenseColumn, GroupColumn, LabelColumn, Schema, SparseColumn, WeightColumn
 
 
@@ -65,6 +73,24 @@ def test_nothing_matches(tmp_path):
         read_footers(str(tmp_path / "*.parquet"))
     with pytest.raises(DataError, match="not a URI"):
         read_footers("nonsense://x")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["s3://key:pass@bucket/train", "s3://key:pass%2Fword@bucket/train?region=x", "abfs://c@a/train?client_secret=pass"],
+)
+def test_a_uri_with_a_secret_is_refused_without_repeating_it(uri: str) -> None:
+    with pytest.raises(
+        DataError, match=r"the path of the data is a URI with a secret in it.*AWS_SECRET_ACCESS_KEY"
+    ) as e:
+        read_footers(uri)
+    assert "pass" not in str(e.value)
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/a:b@c", "s3://bucket/train?endpoint_override=http://minio:9000/x@y",
+                                  "hdfs://user@host:9000/x", "a:b@c", "abfs://container@account/x"])  # fmt: skip
+def test_a_path_without_a_secret_is_not_taken_for_one(path: str) -> None:
+    assert secret_problem(path) is None
 
 
 def test_broken_files_are_named(tmp_path):
