@@ -47,16 +47,17 @@ class GroupDRO(nn.Module):
     nothing and keeps its weight up to the normalisation. The gradient goes through the losses and not through q.
 
     Attributes:
-        weights: (3,) q, in every checkpoint. Each starts at 1/3.
+        log_weights: (3,) natural logarithms of q, in every checkpoint. Of a group that has long been the easiest, q is
+            too small for a float32, and from 0 it would never come back. Each q starts at 1/3.
     """
 
-    weights: Tensor
+    log_weights: Tensor
 
     def __init__(self, cohorts: Cohorts, step_size: float) -> None:
         """step_size: eta_q."""
         super().__init__()
         self._cohorts, self._step_size = cohorts, step_size
-        self.register_buffer("weights", torch.full((len(PARTS),), 1 / len(PARTS)))
+        self.register_buffer("log_weights", torch.full((len(PARTS),), -math.log(len(PARTS))))
 
     def forward(self, output: ArchOutput, batch: Batch, encode: Encode) -> dict[str, Tensor]:
         """Returns {"group_dro/head": scalar float32, "group_dro/tail": ..., "group_dro/rest": ...}. Collective."""
@@ -65,6 +66,6 @@ class GroupDRO(nn.Module):
         both = total(torch.stack([sums.detach(), inside @ batch.weights]))
         size = torch.where(both[1] > 0, both[1], 1)  # of a group without rows, whose sum is 0
         if self.training:
-            self.weights.copy_(torch.softmax(self.weights.log() + self._step_size * both[0] / size, dim=0))
-        terms = self.weights * sums * num_ranks() / size
+            self.log_weights.copy_(torch.log_softmax(self.log_weights + self._step_size * both[0] / size, dim=0))
+        terms = self.log_weights.exp() * sums * num_ranks() / size
         return {f"group_dro/{name}": term for name, term in zip(PARTS, terms, strict=True)}

@@ -74,8 +74,18 @@ def test_group_dro_follows_the_losses_of_the_groups_in_training_only() -> None:
         q = [share / sum(q) for share in q]
         expected = {name: share * loss for name, share, loss in zip(names, q, losses, strict=True)}
         assert terms(module) == pytest.approx(expected, rel=1e-5)
-    assert module.weights.tolist() == pytest.approx(q, rel=1e-5)
+    assert module.log_weights.exp().tolist() == pytest.approx(q, rel=1e-5)
     assert q[1] == max(q)
+
+
+def test_group_dro_comes_back_to_a_group_whose_weight_was_too_small_for_a_float() -> None:
+    module = group_dro.Config(cohorts=Cohorts(**COHORTS), step_size=100.0).build(SCHEMA, {})
+    head_is_hard = torch.tensor([[3.0], [-3.0]])  # logits of a row of the head and one of the tail, both with label 0
+    batch = make_batch(torch.zeros(2, 1), torch.ones(2), torch.tensor([2, 0]))
+    for logits, hard, easy, steps in ((head_is_hard, "head", "tail", 3), (head_is_hard.flip(0), "tail", "head", 6)):
+        for _ in range(steps):
+            found = module(ArchOutput(logits, {}), batch, encode)
+        assert found[f"group_dro/{hard}"].item() > 1 and found[f"group_dro/{easy}"].item() == 0
 
 
 def test_group_dro_without_rows_of_a_group() -> None:
