@@ -193,6 +193,10 @@ def overrides_mapping(overrides: Sequence[str]) -> dict[str, Any]:
 def _read_file(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     if path.resolve() in seen:
         raise ConfigError([Complaint("base", f"of {path} leads back to itself; remove the circle")])
+    if path.is_dir():
+        inside = path / "config.yaml"
+        fix = f"did you mean {inside}?" if inside.is_file() else "name a file"
+        raise ConfigError([Complaint(str(path), f"is a folder, and a config is a file; {fix}")])
     if not path.is_file() and seen:
         text = (
             f"does not exist, and {seen[-1]} builds on it; make it first (that file's header says how), or correct base"

@@ -250,6 +250,14 @@ def test_bases_lie_under_the_file_that_names_them(tmp_path):
     assert config.model.dim == 8
 
 
+def test_the_folder_of_a_run_is_no_config_but_holds_one(tmp_path):
+    with pytest.raises(ConfigError, match=f"{tmp_path}: is a folder, and a config is a file; name a file"):
+        load(str(tmp_path))
+    _write(tmp_path / "config.yaml", {})
+    with pytest.raises(ConfigError, match=rf"did you mean {tmp_path}/config.yaml\?"):
+        load(str(tmp_path))
+
+
 @pytest.mark.parametrize("path", ["a.yaml", "b.yaml"])
 def test_a_circle_of_bases_is_named(tmp_path, path):
     _write(tmp_path / "a.yaml", {"base": "b.yaml"})
