@@ -190,13 +190,20 @@ def overrides_mapping(overrides: Sequence[str]) -> dict[str, Any]:
     return values  # type: ignore[return-value]
 
 
+def _folder(path: Path, seen: tuple[Path, ...]) -> Complaint:
+    place = os.path.normpath(path) + (f", on which {seen[-1]} builds" if seen else "")
+    inside = sorted(file.name for file in path.glob("*.yaml"))
+    fix = f"in it: {', '.join(inside)}" if inside else "it has none in it"
+    if "config.yaml" in inside:  # the folder of a run, of an export
+        fix = f"did you mean {path / 'config.yaml'}?"
+    return Complaint(place, f"is a folder, and a config is a file; {fix}")
+
+
 def _read_file(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     if path.resolve() in seen:
         raise ConfigError([Complaint("base", f"of {path} leads back to itself; remove the circle")])
     if path.is_dir():
-        inside = path / "config.yaml"
-        fix = f"did you mean {inside}?" if inside.is_file() else "name a file"
-        raise ConfigError([Complaint(str(path), f"is a folder, and a config is a file; {fix}")])
+        raise ConfigError([_folder(path, seen)])
     if not path.is_file() and seen:
         text = (
             f"does not exist, and {seen[-1]} builds on it; make it first (that file's header says how), or correct base"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +252,14 @@ def test_bases_lie_under_the_file_that_names_them(tmp_path):
 
 
 def test_the_folder_of_a_run_is_no_config_but_holds_one(tmp_path):
-    with pytest.raises(ConfigError, match=f"{tmp_path}: is a folder, and a config is a file; name a file"):
+    with pytest.raises(ConfigError, match="is a folder, and a config is a file; it has none in it"):
         load(str(tmp_path))
+    _write(tmp_path / "one.yaml", {"base": "."})
+    text = f"{tmp_path}, on which {tmp_path}/one.yaml builds: is a folder, and a config is a file; in it: one.yaml"
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        load(str(tmp_path / "one.yaml"))
     _write(tmp_path / "config.yaml", {})
-    with pytest.raises(ConfigError, match=rf"did you mean {tmp_path}/config.yaml\?"):
+    with pytest.raises(ConfigError, match=re.escape(f"did you mean {tmp_path}/config.yaml?")):
         load(str(tmp_path))
 
 

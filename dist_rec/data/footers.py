@@ -22,7 +22,8 @@ from dist_rec.data.schema import Schema
 
 _FOOTER_THREADS = 16  # a footer is one or two small reads; on an object store their latency is all the cost
 _SUFFIX = ".parquet"
-_SECRET = r"\w+://([^/@]*:[^/@]+@|.*[?&]client_secret=)"  # of the account before the @, or an option of abfs
+_PASSWORD = r"://[^/@?#]*:(?!\d*([/?#]|$))[^@]+@"  # after an account's name; no port. It may hold a /
+_SECRET_OPTION = r"[?&][^=&]*(secret|password|token|key)[^=&]*="
 _WILD = "*?["
 _UNQUOTED = "/!$&'()*+,;=:@"  # what a path in a URI may hold as it is, besides letters, digits and -._~
 
@@ -153,11 +154,12 @@ def _glob(filesystem: pafs.FileSystem, pattern: str, is_local: bool) -> list[str
 
 def secret_problem(path: str) -> str | None:
     """What is wrong with a URI that holds a secret, in words that do not repeat it; None if it holds none."""
-    if not re.match(_SECRET, path):
+    options = urllib.parse.unquote(split_options(path)[1])
+    if not (re.search(_PASSWORD, path) or re.search(_SECRET_OPTION, options, re.IGNORECASE)):
         return None
     return (
-        "is a URI with a secret in it, which config.yaml, logs and messages would show; leave it out "
-        "and give the secret as the store's tools take it, e.g. in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        "is a URI with a secret in it, which config.yaml, logs and messages would show; leave it out, and give it as "
+        "the store's tools take it: in the environment (for s3 in AWS_SECRET_ACCESS_KEY), in their files, or by a role"
     )
 
 

@@ -77,7 +77,14 @@ def test_nothing_matches(tmp_path):
 
 @pytest.mark.parametrize(
     "uri",
-    ["s3://key:pass@bucket/train", "s3://key:pass%2Fword@bucket/train?region=x", "abfs://c@a/train?client_secret=pass"],
+    [
+        "s3://key:pass@bucket/train",
+        "s3://key:pass/word+x@bucket/train?region=x",
+        "s3://key:pass%2Fword@bucket/train",
+        "s3://bucket/train?endpoint_override=http://key:pass@minio:9000",
+        "s3://bucket/train?region=x&secret_key=pass",
+        "abfs://container@account/train?client%5FSecret=pass",
+    ],
 )
 def test_a_uri_with_a_secret_is_refused_without_repeating_it(uri: str) -> None:
     with pytest.raises(
@@ -87,8 +94,17 @@ def test_a_uri_with_a_secret_is_refused_without_repeating_it(uri: str) -> None:
     assert "pass" not in str(e.value)
 
 
-@pytest.mark.parametrize("path", ["s3://bucket/a:b@c", "s3://bucket/train?endpoint_override=http://minio:9000/x@y",
-                                  "hdfs://user@host:9000/x", "a:b@c", "abfs://container@account/x"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "s3://bucket/a:b@c",
+        "s3://bucket/train?endpoint_override=http://minio:9000/x@y",
+        "hdfs://user@host:9000/x",
+        "hdfs://host:9000/a:b@c",
+        "abfs://container@account/key=1/x",
+        "key:pass@folder?secret=x",
+    ],
+)
 def test_a_path_without_a_secret_is_not_taken_for_one(path: str) -> None:
     assert secret_problem(path) is None
 
